@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: MIT
+"""`infer`: T inference steps of a chain of linear layers in one call; `weight_grads` at its end; `explain` before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pc_kernels import checks, dispatch, library
+from pc_kernels.functional import Clamps, Masks
+from pc_kernels.layer import Layer
+from pc_kernels.node_math import feed_value
+from pc_kernels.pc_math import ACTIVATION_TABLE, ENERGY_TABLE, GaussianDiag
+from pc_kernels.problem import FLOATS, Problem, check_layers
+from pc_kernels.results import Inference, LayerGrads
+from pc_kernels.schedule import lower_bound
+
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16_delta")
+
+
+def infer(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    target: Tensor | None = None,
+    phis: Sequence[Tensor | None] | None = None,
+    steps: int = 32,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    tol: float | None = None,
+    clamp: Clamps | None = None,
+    masks: Masks | None = None,
+    precision: str = "fp32",
+    noise: Tensor | Sequence[Tensor | None] | None = None,
+    trace: bool = False,
+) -> Inference:
+    """The E-step: `steps` simultaneous gradient moves of all free phi on F = sum_l E_l, the weights fixed (SPEC
+    section 1).
+
+        a_l = W_l v_{l-1} + b_l,  mu_l = act_l(a_l),  delta_l = act_l'(a_l)^T dE_l/dmu_l
+        g_l = dE_l/dphi_l + feed_l'(phi_l)^T W_{l+1}^T delta_{l+1},   phi_l <- phi_l - lr g_l   (momentum: as
+        torch.optim.SGD)
+
+    x: (B, V_0), float32 or float64. layers: L `Layer`s.
+    target: clamps the last node: class indices (B,) int64 for "categorical", else a float tensor (B, D_L); (B, D_L /
+    2) for "gaussian_full".
+    phis: one state (B, D_l) or None per node; None starts at the forward value phi_l = mu_l.
+    clamp: per node None (free), True (held: phis[l] is the target, passed on in place of the feed) or a bool mask,
+    True = held at phis[l].
+    masks: per node None or a bool mask, True takes part; a masked entry has no energy and does not move.
+    tol: stop a sample once the Euclidean norm of its g is below it; `steps` is then the largest count.
+    precision: of the matrix products: "fp32"; "bf16_delta" (first pre-activations exact, then differences in
+    bfloat16); "tf32"; "bf16" (loses the
+        early layers' errors, which are small differences of large numbers). float64 input takes "fp32" and runs in
+        float64.
+    noise: n of the sample z = u + e^(s/2) n: (B, D/2), or one entry per node. Required by a node that feeds on its
+    sample.
+    trace: also return the energies, (steps + 1, L), batch means.
+
+    lr does not depend on B: F is summed over features, never averaged over samples. Records no gradient.
+    Raises ValueError or TypeError before any work; BackendUnavailable; InferenceDiverged when a state becomes
+    non-finite.
+    """
+    problem = Problem(x, layers, target, phis, clamp, masks, noise)
+    checks.count("steps", steps)
+    checks.number("lr", lr, least=0)
+    checks.number("momentum", momentum, least=0, most=1)
+    checks.flag("trace", trace)
+    _check_precision(precision, x)
+    limit = -1.0 if tol is None else checks.number("tol", tol, least=0)
+    with torch.no_grad():
+        states, deltas, energy, status = torch.ops.pc_kernels.infer(
+            *problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace
+        )
+    free, source = problem.sources()
+    final = [given if held else phi for given, phi, held in zip(problem.given, states, problem.clamped, strict=True)]
+    result = Inference(
+        phis=final, deltas=deltas, energy=energy if trace else None, noise=noise, status=status,
+        clamped=tuple(problem.clamped), masks=tuple(problem.masks), free=free, source=source,
+    )  # fmt: skip
+    if checks.reads_values(status):
+        result.check()
+    return result
+
+
+def _check_precision(precision: Any, x: Tensor) -> None:
+    checks.choice("precision", precision, PRECISIONS)
+    if precision != "fp32" and x.dtype == torch.float64:
+        checks.fail(
+            "precision",
+            "'fp32' with float64 input",
+            repr(precision),
+            "float64 runs in float64 throughout; or pass x.float()",
+        )
+
+
+def weight_grads(x: Tensor, layers: Sequence[Layer], result: Inference, reduction: str = "mean") -> list[LayerGrads]:
+    """Gradient of F at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l, dlog_var_l = sum 1/2 (1 -
+    (phi-mu)^2 e^-lv).
+
+    x, layers: as passed to `infer`; result: what it returned. reduction: "mean" over the batch, or "sum".
+    Returns one LayerGrads(weight, bias, log_var) per layer; None where the layer has no such parameter.
+    """
+    checks.floating("x", x, ndim=2, dtypes=FLOATS)
+    listed = check_layers(x, layers)
+    if not isinstance(result, Inference):
+        checks.fail("result", "what pck.infer returned", checks.describe(result), "", TypeError)
+    fits = len(result.deltas) == len(listed) and all(
+        tuple(d.shape) == (x.shape[0], layer.weight.shape[0]) for d, layer in zip(result.deltas, listed, strict=False)
+    )
+    if not fits:
+        checks.fail("result", "the result of these layers and this x", "other shapes", "call infer again")
+    checks.choice("reduction", reduction, ("mean", "sum"))
+    scale = 1.0 if reduction == "sum" else 1.0 / max(x.shape[0], 1)
+    with torch.no_grad():
+        values = [x, *(_value(l, layer, result) for l, layer in enumerate(listed[:-1]))]
+        return [
+            LayerGrads(
+                (delta.T @ v).mul_(scale),
+                None if layer.bias is None else delta.sum(0).mul_(scale),
+                None if layer.log_var is None else _log_var_grad(l, layer, v, result).mul_(scale),
+            )
+            for l, (layer, delta, v) in enumerate(zip(listed, result.deltas, values, strict=True))
+        ]
+
+
+def _value(l: int, layer: Layer, result: Inference) -> Tensor:
+    """v_l at the final state."""
+    family, phi = ENERGY_TABLE[layer.energy], result.phis[l]
+    if result.clamped[l] and not family.target_is_state:
+        like = result.deltas[l]
+        return phi if phi.is_floating_point() else torch.nn.functional.one_hot(phi, like.shape[1]).to(like.dtype)
+    noise = result.noise if result.noise is None or isinstance(result.noise, Tensor) else result.noise[l]
+    assert layer.feed is not None  # resolved by Layer
+    return feed_value(layer.feed, phi, noise, result.masks[l] if layer.energy == "categorical" else None)
+
+
+def _log_var_grad(l: int, layer: Layer, v: Tensor, result: Inference) -> Tensor:
+    """One more product recovers mu_l, which only a learned variance needs here."""
+    mu = ACTIVATION_TABLE[layer.activation].value(torch.nn.functional.linear(v, layer.weight, layer.bias))
+    assert layer.log_var is not None
+    return GaussianDiag().grad_log_var(result.phis[l], mu, layer.log_var, result.masks[l]).sum(0)
+
+
+def explain(
+    x: Tensor,
+    layers: Sequence[Layer],
+    *,
+    target: Tensor | None = None,
+    phis: Sequence[Tensor | None] | None = None,
+    steps: int = 32,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    tol: float | None = None,
+    clamp: Clamps | None = None,
+    masks: Masks | None = None,
+    precision: str = "fp32",
+    noise: Tensor | Sequence[Tensor | None] | None = None,
+    trace: bool = False,
+) -> str:
+    """Which backend and schedule `infer` would use for these arguments, and why the others would not. Runs nothing."""
+    problem = Problem(x, layers, target, phis, clamp, masks, noise)
+    checks.count("steps", steps)
+    _check_precision(precision, x)
+    free, source = problem.sources()
+    bound, full = lower_bound(free, source, steps), len(free) + 2 * (len(free) - 1) * steps
+    widths = "-".join(str(w) for w in [x.shape[1], *(layer.weight.shape[0] for layer in layers)])
+    if not any(source):
+        schedule = "no target, nothing given: the forward state is a fixed point, nothing moves"
+    else:
+        schedule = f"all layers move at once, {steps} steps; {bound} matrix products ({full} without the light cone)"
+    products = "float64" if x.dtype == torch.float64 else precision
+    emulated = " (emulated by rounding the operands)" if precision != "fp32" else ""
+    return "\n".join(
+        [
+            dispatch.account("infer", library.tensors(problem.arguments())),
+            f"network: {widths}, batch {x.shape[0]}, products in {products}{emulated}",
+            f"schedule: {schedule}",
+        ]
+    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""`Problem`: a call of `infer`, checked and brought into the form that the op takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pc_kernels import checks
+from pc_kernels.layer import Layer
+from pc_kernels.nodes import check_masks, check_target, mask_shape, split_clamps
+from pc_kernels.pc_math import ENERGY_TABLE
+from pc_kernels.schedule import sources
+
+FLOATS = (torch.float32, torch.float64)
+
+
+class Problem:
+    """Attributes are lists with one entry per node (entry l is node l + 1).
+
+    given: the caller's states and targets. phis: the same as the op takes them (inner class indices as one-hot).
+    masks, holds: bool tensors or None. clamped: phi is a target. noise: of nodes that feed on a sample.
+    """
+
+    def __init__(self, x: Any, layers: Any, target: Any, phis: Any, clamp: Any, masks: Any, noise: Any):
+        checks.floating("x", x, ndim=2, dtypes=FLOATS)
+        self.x: Tensor = x
+        self.layers = check_layers(x, layers)
+        self.size = len(self.layers)
+        self.given = checks.per_node("phis", phis, self.size)
+        self.clamped, self.holds = split_clamps("clamp", clamp, self.size)
+        self._take_target(target)
+        self.masks = checks.per_node("masks", masks, self.size)
+        self._check_masks()
+        self.phis = [self._check_state(l) for l in range(self.size)]
+        self.noise = self._check_noise(noise)
+
+    def _shape(self, l: int) -> tuple[int, int]:
+        return self.x.shape[0], self.layers[l].weight.shape[0]
+
+    def _take_target(self, target: Any) -> None:
+        self._has_target = target is not None
+        if target is None:
+            return
+        if self.clamped[-1] or self.holds[-1] is not None or self.given[-1] is not None:
+            remedy = "the last node's values are already in phis and clamp; pass them once"
+            checks.fail("target", "None", checks.describe(target), remedy)
+        self.clamped[-1], self.given[-1] = True, target
+
+    def _check_masks(self) -> None:
+        shapes = [
+            mask_shape(layer.energy, held, self._shape(l))
+            for l, (layer, held) in enumerate(zip(self.layers, self.clamped, strict=True))
+        ]
+        check_masks("masks", self.masks, shapes, self.x.device)
+        check_masks("clamp", self.holds, shapes, self.x.device)
+        for l, mask in enumerate(self.masks):
+            if mask is not None:
+                checks.visible_rows(f"masks[{l}]", mask)
+
+    def _check_state(self, l: int) -> Tensor | None:
+        """Node l's given state or target as the op takes it."""
+        given, held, shape = self.given[l], self.clamped[l], self._shape(l)
+        inner = l < self.size - 1
+        name = "target" if self._has_target and not inner else f"phis[{l}]"
+        if given is None:
+            if held or self.holds[l] is not None:
+                checks.fail(name, "the values to hold, since clamp holds this node", "None", "pass them in phis")
+            return None
+        if not held:
+            checks.floating(name, given, shape=shape, like=self.x)
+            return given
+        check_target(name, given, self.layers[l].energy, shape, self.x, self.masks[l])
+        if inner:
+            self._check_passes_on(l)
+            if not given.is_floating_point():
+                return torch.nn.functional.one_hot(given, shape[1]).to(self.x.dtype)
+        return given
+
+    def _check_passes_on(self, l: int) -> None:
+        """A target that is no state (probabilities, counts, data) stands for what the family's own feed passes on."""
+        layer = self.layers[l]
+        family = ENERGY_TABLE[layer.energy]
+        if not family.target_is_state and layer.feed != family.feed:
+            remedy = f"a {layer.energy!r} target is no state that feed={layer.feed!r} takes; hold a state by a mask"
+            checks.fail(f"clamp[{l}]", "a bool mask here", "True", remedy)
+
+    def _check_noise(self, noise: Any) -> list[Tensor | None]:
+        """One noise tensor per node that feeds on its sample, None elsewhere."""
+        held = zip(self.layers[:-1], self.clamped, strict=False)
+        sampled = [*(layer.feed == "sample" and not clamped for layer, clamped in held), False]
+        if isinstance(noise, Tensor):
+            if sum(sampled) != 1:
+                wanted, remedy = f"a list of {self.size}, one entry per node", f"{sum(sampled)} nodes feed on a sample"
+                checks.fail("noise", wanted, checks.describe(noise), remedy)
+            entries: list[Any] = [noise if here else None for here in sampled]
+        else:
+            entries = checks.per_node("noise", noise, self.size)
+        for l, (entry, here) in enumerate(zip(entries, sampled, strict=True)):
+            self._check_noise_entry("noise" if isinstance(noise, Tensor) else f"noise[{l}]", entry, here, l)
+        return entries
+
+    def _check_noise_entry(self, name: str, entry: Any, sampled: bool, l: int) -> None:
+        batch, width = self._shape(l)
+        if sampled and entry is None:
+            remedy = "the node feeds on its sample: draw it once, torch.randn(B, D // 2)"
+            checks.fail(name, f"a tensor {(batch, width // 2)}", "None", remedy)
+        if entry is not None and not sampled:
+            checks.fail(name, "None", checks.describe(entry), "this node does not feed on a sample")
+        if entry is not None:
+            checks.floating(name, entry, shape=(batch, width // 2), like=self.x)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The op's arguments, up to the settings of the run."""
+        layers = self.layers
+        return (
+            self.x,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.activation for layer in layers],
+            [layer.energy for layer in layers],
+            [layer.feed for layer in layers],
+            [layer.step for layer in layers],
+            [float(layer.lr_scale) for layer in layers],
+            [layer.log_var for layer in layers],
+            self.phis,
+            self.masks,
+            self.holds,
+            self.noise,
+            self.clamped,
+        )
+
+    def sources(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """(free, source) of `schedule.Cone`."""
+        return sources([layer.energy for layer in self.layers], self.clamped, [phi is not None for phi in self.phis])
+
+
+def check_layers(x: Tensor, layers: Any) -> list[Layer]:
+    """Layers that fit x and one another."""
+    if not isinstance(layers, (list, tuple)) or not layers:
+        checks.fail("layers", "a non-empty list of pck.Layer", checks.describe(layers), "", TypeError)
+    width, giver = x.shape[1], "x"
+    for l, layer in enumerate(layers):
+        name = f"layers[{l}]"
+        if not isinstance(layer, Layer):
+            remedy = "wrap the weight: pck.Layer(weight, bias)"
+            checks.fail(name, "a pck.Layer", checks.describe(layer), remedy, TypeError)
+        checks.floating(f"{name}.weight", layer.weight, like=x)
+        if layer.weight.shape[1] != width:
+            got, remedy = checks.describe(layer.weight), f"{giver} passes {width} features on"
+            checks.fail(f"{name}.weight", f"{width} columns", got, remedy)
+        width, giver = layer.weight.shape[0] // (2 if layer.feed == "sample" else 1), name
+    return list(layers)
