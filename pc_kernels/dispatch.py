@@ -83,7 +83,7 @@ def account(op: str, tensors: Sequence[Tensor]) -> str:
     for name in BACKENDS:
         why = reason(name, op, tensors)
         if why is None and taken is None and wanted in ("auto", name):
-            taken, why = name, "runs"
+            taken, why = name, "runs" if name != "reference" else "runs (plain torch; reduced precisions are emulated)"
         elif why is None:
             why = f"could run; {wanted!r} was asked for" if wanted != "auto" else f"could run; {taken} comes first"
         lines.append(f"  {name}: {why}")

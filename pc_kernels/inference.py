@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`infer`: T inference steps of a chain of linear layers in one call; `weight_grads` at its end; `explain` before it."""
+"""`infer`: T steps of a chain of linear layers in one call; `weight_grads` at its end; `explain` before it."""
 
 from __future__ import annotations
 
@@ -173,11 +173,10 @@ def explain(
     else:
         schedule = f"all layers move at once, {steps} steps; {bound} matrix products ({full} without the light cone)"
     products = "float64" if x.dtype == torch.float64 else precision
-    emulated = " (emulated by rounding the operands)" if precision != "fp32" else ""
     return "\n".join(
         [
-            dispatch.account("infer", library.tensors(problem.arguments())),
-            f"network: {widths}, batch {x.shape[0]}, products in {products}{emulated}",
+            dispatch.account(library.infer_task(precision), library.tensors(problem.arguments())),
+            f"network: {widths}, batch {x.shape[0]}, products in {products}",
             f"schedule: {schedule}",
         ]
     )

@@ -54,6 +54,16 @@ def _run(op: str, *args: Any) -> Any:
     return getattr(dispatch.module(name), op)(*args)
 
 
+def infer_task(precision: str) -> str:
+    """What `infer` asks of a backend: one that runs it in float32 may not have every precision."""
+    return "infer" if precision == "fp32" else f"infer in {precision}"
+
+
+def _run_infer(*args: Any) -> Any:
+    name = dispatch.choose(infer_task(args[-2]), tensors(args))
+    return dispatch.module(name).infer(*args)
+
+
 def _run_on_nodes(op: str, phis, mus, energies, log_vars, masks, holds, clamped) -> Any:
     return _run(op, phis, mus, energies, spread_log_vars(energies, log_vars), masks, holds, clamped)
 
@@ -67,7 +77,7 @@ def spread_log_vars(energies: Sequence[str], log_vars: Sequence[Tensor]) -> list
 _library.impl("layer_energies", partial(_run_on_nodes, "layer_energies"), "CompositeExplicitAutograd")
 _library.impl("layer_errors", partial(_run_on_nodes, "layer_errors"), "CompositeExplicitAutograd")
 _library.impl("update_phi_", partial(_run, "update_phi_"), "CompositeExplicitAutograd")
-_library.impl("infer", partial(_run, "infer"), "CompositeExplicitAutograd")
+_library.impl("infer", _run_infer, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

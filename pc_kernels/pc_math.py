@@ -249,16 +249,25 @@ def _softmax_ratio(phi: Tensor, mu: Tensor, mask: Tensor | None) -> tuple[Tensor
     """p = softmax(phi), q = softmax(mu) and L = ln(p/q), L accurate (and 0 at phi = mu) even where p and q nearly
     agree.
 
-    With d = phi - mu - c0, c0 = lse(phi) - lse(mu) as rounded, p = q e^d / sum(q e^d), so L = d - log1p(sum q (e^d -
-    1)).
+    With d = phi - mu - c0, c0 the difference of the two logsumexps as rounded (their maxima apart, or a shift of phi
+    would
+    swamp it), p = q e^d / sum(q e^d), so L = d - log1p(sum q (e^d - 1)).
     """
-    p, q = softmax(phi, mask), softmax(mu, mask)
-    visible_phi, visible_mu = (x if mask is None else x.masked_fill(~mask, -torch.inf) for x in (phi, mu))
-    offset = visible_phi.logsumexp(-1, keepdim=True) - visible_mu.logsumexp(-1, keepdim=True)
-    d = keep(mask, phi - mu - offset)
+    p, max_p, log_sum_p = _softmax_parts(phi, mask)
+    q, max_q, log_sum_q = _softmax_parts(mu, mask)
+    d = keep(mask, phi - mu - (max_p - max_q) - (log_sum_p - log_sum_q))
     near = d.abs() < SERIES_RADIUS
     change = torch.where(near, q * torch.expm1(torch.where(near, d, 0.0)), p - q)
     return p, q, keep(mask, d - torch.log1p(change.sum(-1, keepdim=True)))
+
+
+def _softmax_parts(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(x), max(x) and ln sum e^(x - max) of each row, masked entries left out."""
+    visible = x if mask is None else x.masked_fill(~mask, -torch.inf)
+    most = visible.amax(-1, keepdim=True)
+    exponentials = torch.exp(visible - most)
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials / total, most, torch.log(total)
 
 
 class CategoricalProbs(Energy):

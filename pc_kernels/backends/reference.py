@@ -17,7 +17,7 @@ __all__ = ["infer", "layer_energies", "layer_errors", "supports", "update_phi_"]
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Always None: the reference runs everything."""
+    """Always None: the reference runs everything (reduced precisions by rounding the operands of float32 products)."""
     return None
 
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The compiled part of the build; everything else is in pyproject.toml.
+
+PC_KERNELS_BUILD=auto|cpu|cuda (default auto): whether the CUDA sources are joined in. Decided by nvcc and
+torch.version.cuda, never by the presence of a GPU, which a build machine need not have.
+"""
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+MODES = ("auto", "cpu", "cuda")
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as missing:
+    sys.exit(
+        f"pc-kernels is built against the torch it will run with, and importing torch failed here ({missing}). "
+        "Install torch, then run: pip install --no-build-isolation ."
+    )
+
+
+def cuda_sources() -> list[str]:
+    """CUDA sources, relative to the root."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def why_no_cuda() -> str | None:
+    """What is missing for a CUDA build; None: nothing."""
+    if torch.version.cuda is None:
+        return f"the installed torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc was not found (install the CUDA toolkit or set CUDA_HOME)"
+    if not cuda_sources():
+        return "there are no CUDA sources in csrc/cuda yet"
+    return None
+
+
+def with_cuda() -> bool:
+    """Whether to build the CUDA sources, by PC_KERNELS_BUILD."""
+    mode = os.environ.get("PC_KERNELS_BUILD", "auto")
+    if mode not in MODES:
+        sys.exit(f"PC_KERNELS_BUILD: wanted one of {', '.join(MODES)}, got {mode!r}")
+    missing = why_no_cuda()
+    if mode == "cuda" and missing is not None:
+        sys.exit(f"PC_KERNELS_BUILD=cuda: wanted a CUDA build, but {missing}")
+    return mode != "cpu" and missing is None
+
+
+def extension() -> Extension:
+    """The one extension module, pc_kernels._C."""
+    cuda = with_cuda()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    macros: list[tuple[str, str | None]] = [("PC_KERNELS_VERSION", version), ("PC_KERNELS_TORCH", torch.__version__)]
+    # Nobody reads errno or traps; without the second flag no loop with a select vectorises. Unlike -ffast-math they
+    # change no result. No -march: one binary for every machine of its kind.
+    flags = ["-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+    flags.append("-Wno-unused-parameter")  # as torch itself: its headers would drown ours
+    if sys.platform == "linux":
+        flags.append("-fopenmp")  # the OpenMP runtime is torch's own: same soname, loaded first
+    compile_args = {"cxx": flags, "nvcc": ["-O3"]}
+    link_args = ["-fopenmp"] if sys.platform == "linux" else []
+    here = ("csrc", "csrc/cpu")
+    sources = sorted(str(path.relative_to(ROOT)) for folder in here for path in (ROOT / folder).glob("*.cpp"))
+    sources += cuda_sources() if cuda else []
+    return (CUDAExtension if cuda else CppExtension)(
+        "pc_kernels._C",
+        sources,
+        define_macros=macros + ([("PC_WITH_CUDA", None)] if cuda else []),
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

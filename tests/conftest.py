@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures of all tests: the seed, poisoned memory, and the backends that can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import pc_kernels as pck
+
+ALL_BACKENDS = ("reference", "cpp", "triton", "cuda")
+DEVICES = {"cuda": "cuda", "triton": "cuda"}  # elsewhere the CPU
+
+
+def _device(backend: str) -> str:
+    return DEVICES.get(backend, "cpu") if torch.cuda.is_available() else "cpu"
+
+
+def _one_layer(tensor: Tensor) -> None:
+    pck.layer_energies([tensor], [tensor], ["gaussian"])
+
+
+def _one_step(tensor: Tensor) -> None:
+    pck.infer(tensor, [pck.Layer(tensor)], steps=1)
+
+
+def runs(backend: str, probe: Callable[[Tensor], None]) -> bool:
+    """Whether the backend accepts the smallest float32 problem on the device it is made for."""
+    try:
+        with pck.use_backend(backend):
+            probe(torch.zeros(2, 2, device=_device(backend)))
+    except pck.BackendUnavailable:
+        return False
+    return True
+
+
+LAYER_BACKENDS = tuple(name for name in ALL_BACKENDS if runs(name, _one_layer))
+INFER_BACKENDS = tuple(name for name in ALL_BACKENDS if runs(name, _one_step))
+
+
+def _inside(backend: str) -> Iterator[str]:
+    with pck.use_backend(backend), torch.device(_device(backend)):
+        yield backend
+
+
+@pytest.fixture(params=LAYER_BACKENDS)
+def layer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on every backend that has the layer ops, on that backend's device."""
+    yield from _inside(request.param)
+
+
+@pytest.fixture(params=INFER_BACKENDS)
+def infer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on every backend that has `infer`, on that backend's device."""
+    yield from _inside(request.param)
+
+
+@pytest.fixture
+def gen() -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fills fresh memory with NaN, so that an output which a kernel never writes fails the test."""
+    filled, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(strict)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small matrices, where threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def layers() -> Callable:
+    """Turns the truth's nodes into pc_kernels layers."""
+    names = ("weight", "bias", "activation", "energy", "feed", "log_var", "step", "lr_scale")
+    return lambda nodes: [pck.Layer(**{name: getattr(node, name) for name in names}) for node in nodes]
