@@ -45,6 +45,7 @@ struct InferDesc {
   double momentum, tol;  // tol < 0: none
   const Move* moves;     // `steps` of them at most; after the last given one it repeats
   int64_t move_count;
+  bool bf16_delta;   // float only: the first pre-activations exact, then bf16(dv) bf16(W)^T added; feedback from bf16 operands
   double* energies;  // (steps + 1, count, batch) or null: each sample's energies before each move and after the last
 };
 

@@ -7,7 +7,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -155,6 +154,14 @@ std::vector<Move> moves_of(const Chain& chain, int64_t steps) {
   return moves;
 }
 
+bool has_bf16() {  // of all CPUs with bfloat16 products; those with AMX have it, too
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 Tensor status_of(const InferOutcome& outcome) {
   constexpr int64_t kCpp = 2;  // index in pc_kernels.dispatch.BACKENDS
   Tensor status = at::empty({5}, at::TensorOptions().dtype(at::kLong));
@@ -183,7 +190,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer(
     const Optionals& phis, const Optionals& masks, const Optionals& holds, const Optionals& noise, const Flags& clamped,
     int64_t steps, double lr, double momentum, double tol, std::string_view precision, bool trace) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  TORCH_CHECK_VALUE(precision == "fp32", "precision: wanted 'fp32' on this backend, got '", std::string(precision), "'");
+  const bool bf16_delta = precision == "bf16_delta";
+  TORCH_CHECK_VALUE(precision == "fp32" || (bf16_delta && has_bf16() && x.scalar_type() == at::kFloat),
+                    "precision: wanted 'fp32', or 'bf16_delta' in float32 on a CPU with AVX512_BF16, got '",
+                    std::string(precision), "'");
   TORCH_CHECK_VALUE(steps >= 0, "steps: wanted a whole number >= 0, got ", steps);
   TORCH_CHECK_VALUE(std::isfinite(lr) && std::isfinite(momentum), "lr, momentum: wanted finite numbers");
   Chain chain = describe_chain({x, weights, biases, activations, energies, feeds, rules, lr_scales, log_vars, phis, masks, holds,
@@ -200,6 +210,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer(
   run.momentum = momentum;
   run.tol = tol;
   run.moves = moves.data();
+  run.bf16_delta = bf16_delta;
   run.move_count = static_cast<int64_t>(moves.size());
   run.energies = trace ? samples.data_ptr<double>() : nullptr;
   InferOutcome outcome;
@@ -217,6 +228,7 @@ TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
       "float[] lr_scales, Tensor?[] log_vars, Tensor?[] phis, Tensor?[] masks, Tensor?[] holds, Tensor?[] noise, "
       "bool[] clamped, int steps, float lr, float momentum, float tol, str precision, bool trace) "
       "-> (Tensor[], Tensor[], Tensor, Tensor)");
+  m.def("has_bf16() -> bool", &pc::has_bf16);  // whether this CPU runs `bf16_delta`
 }
 
 TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { m.impl("infer", &pc::infer); }

@@ -175,7 +175,7 @@ def explain(
     products = "float64" if x.dtype == torch.float64 else precision
     return "\n".join(
         [
-            dispatch.account(library.infer_task(precision), library.tensors(problem.arguments())),
+            dispatch.account(library.infer_task(precision), [x]),
             f"network: {widths}, batch {x.shape[0]}, products in {products}",
             f"schedule: {schedule}",
         ]

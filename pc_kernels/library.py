@@ -40,32 +40,25 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def tensors(args: Sequence[Any]) -> list[Tensor]:
-    """All tensors among an op's arguments."""
-    found = [arg for arg in args if isinstance(arg, Tensor)]
-    for arg in args:
-        if isinstance(arg, (list, tuple)):
-            found += [entry for entry in arg if isinstance(entry, Tensor)]
-    return found
-
-
-def _run(op: str, *args: Any) -> Any:
-    name = dispatch.choose(op, tensors(args))
-    return getattr(dispatch.module(name), op)(*args)
-
-
 def infer_task(precision: str) -> str:
     """What `infer` asks of a backend: one that runs it in float32 may not have every precision."""
     return "infer" if precision == "fp32" else f"infer in {precision}"
 
 
-def _run_infer(*args: Any) -> Any:
-    name = dispatch.choose(infer_task(args[-2]), tensors(args))
-    return dispatch.module(name).infer(*args)
+# One tensor tells a backend dtype and device: the public functions have checked that the others are like it.
+
+
+def _run_infer(x: Tensor, *rest: Any) -> Any:
+    return dispatch.module(dispatch.choose(infer_task(rest[-2]), [x])).infer(x, *rest)
+
+
+def _run_update(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> None:
+    dispatch.module(dispatch.choose("update_phi_", mus[:1])).update_phi_(phis, mus, *rest)
 
 
 def _run_on_nodes(op: str, phis, mus, energies, log_vars, masks, holds, clamped) -> Any:
-    return _run(op, phis, mus, energies, spread_log_vars(energies, log_vars), masks, holds, clamped)
+    run = getattr(dispatch.module(dispatch.choose(op, mus[:1])), op)
+    return run(phis, mus, energies, spread_log_vars(energies, log_vars), masks, holds, clamped)
 
 
 def spread_log_vars(energies: Sequence[str], log_vars: Sequence[Tensor]) -> list[Tensor | None]:
@@ -76,7 +69,7 @@ def spread_log_vars(energies: Sequence[str], log_vars: Sequence[Tensor]) -> list
 
 _library.impl("layer_energies", partial(_run_on_nodes, "layer_energies"), "CompositeExplicitAutograd")
 _library.impl("layer_errors", partial(_run_on_nodes, "layer_errors"), "CompositeExplicitAutograd")
-_library.impl("update_phi_", partial(_run, "update_phi_"), "CompositeExplicitAutograd")
+_library.impl("update_phi_", _run_update, "CompositeExplicitAutograd")
 _library.impl("infer", _run_infer, "CompositeExplicitAutograd")
 
 

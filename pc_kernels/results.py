@@ -79,6 +79,6 @@ class Inference:
     def check(self) -> None:
         """Raise InferenceDiverged if a state became non-finite. `infer` does so itself, except while compiling or
         capturing."""
-        layer, step = (int(entry) for entry in self.status[3:5])
+        layer, step = self.status.tolist()[3:5]
         if layer:
             raise InferenceDiverged(layer, None if step < 0 else step)

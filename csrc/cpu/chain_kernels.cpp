@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "chain_kernels.h"
 
+#include <cstring>
 #include <type_traits>
 
 #include "clones.h"
@@ -106,6 +107,24 @@ PC_CLONES static void masked_softmax(int64_t n, const float* x, const uint8_t* m
 static void masked_softmax(int64_t n, const double* x, const uint8_t* mask, double* p) {
   softmax_row(n, visible(n, x, mask, p), p);
 }
+
+// to nearest, ties to even
+PC_HD uint16_t bfloat16_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+PC_CLONES static void round_row(int64_t n, const float* x, uint16_t* out) {
+  PC_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) out[i] = bfloat16_bits(x[i]);
+}
+PC_CLONES static void difference_row(int64_t n, const float* v, float* last, uint16_t* out) {
+  PC_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = bfloat16_bits(v[i] - last[i]);
+    last[i] = v[i];
+  }
+}
 }  // namespace kernel
 
 template <class T>
@@ -157,6 +176,10 @@ double squared_norm(Energy energy, bool natural, int64_t n, const T* phi, const 
   const bool softmax = natural && energy == Energy::categorical, sigmoid = natural && energy == Energy::bernoulli;
   return norm_row(softmax, sigmoid, n, phi, mask, moves, g, room);
 }
+
+void to_bfloat16(int64_t n, const float* x, uint16_t* out) { kernel::round_row(n, x, out); }
+
+void difference_to_bfloat16(int64_t n, const float* v, float* last, uint16_t* out) { kernel::difference_row(n, v, last, out); }
 
 #define PC_INSTANCE(T)                                                                                                \
   template void activate<T>(Activation, int64_t, const T*, T*, T*);                                                   \

@@ -33,4 +33,10 @@ template <class T>
 double squared_norm(Energy energy, bool natural, int64_t n, const T* phi, const uint8_t* mask, const uint8_t* moves, const T* g,
                     T* room);
 
+// out <- bfloat16(x), as bits
+void to_bfloat16(int64_t n, const float* x, uint16_t* out);
+
+// out <- bfloat16(v - last), last <- v
+void difference_to_bfloat16(int64_t n, const float* v, float* last, uint16_t* out);
+
 }  // namespace pc

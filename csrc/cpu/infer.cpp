@@ -14,7 +14,7 @@
 #include "../infer.h"
 #include "chain_kernels.h"
 #include "node_kernels.h"
-#include "product.h"
+#include "weights.h"
 
 namespace pc {
 namespace {
@@ -34,45 +34,12 @@ int64_t tile_size(int64_t batch) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// weights, packed once per call
-
-template <class T>
-struct Weights {
-  std::vector<Weight<T>> layers;
-  at::Tensor storage;
-};
-
-template <class T>
-Weights<T> pack(const InferDesc& run) {
-  Weights<T> out;
-  std::vector<int64_t> first{0, 0};  // the first layer's weight is used once and stays as it is
-  for (int64_t l = 1; l < run.count; ++l) first.push_back(first.back() + run.layers[l].width * run.layers[l].inputs);
-  const bool wanted = std::is_same_v<T, float>;
-  out.storage = at::empty({wanted ? first.back() : 0}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
-  T* panels = out.storage.template data_ptr<T>();
-  std::vector<std::pair<int64_t, int64_t>> work;
-  for (int64_t l = 0; l < run.count; ++l) {
-    const LayerDesc& layer = run.layers[l];
-    const bool packed = wanted && l > 0;
-    out.layers.push_back({layer.width, layer.inputs, static_cast<const T*>(layer.weight), packed ? panels + first[l] : nullptr});
-    for (int64_t p = 0; packed && p < panel_count(layer.width); ++p) work.emplace_back(l, p);
-  }
-  at::parallel_for(0, static_cast<int64_t>(work.size()), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Weight<T>& w = out.layers[work[i].first];
-      pack_panel(w.rows, w.width, w.inputs, work[i].second, const_cast<T*>(w.panels));
-    }
-  });
-  return out;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // a tile
 
 template <class T>
 struct Node {  // of all samples of the tile; a row is a sample
   int64_t pitch;
-  T *a, *mu, *phi, *v, *delta, *g, *u;  // mu is a for the identity, v is phi for the identity feed; u: velocity or null
+  T *a, *mu, *phi, *v, *delta, *g, *u, *last;  // u: velocity, last: v at the last product; null where not needed
 };
 
 template <class T>
@@ -98,6 +65,8 @@ class Tile {
   }
 
  private:
+  static constexpr int kFields = 8;  // of Node
+
   const LayerDesc& layer(int64_t l) const { return run_.layers[l]; }
   T* row(T* base, int64_t l, int64_t i) const { return base + i * nodes_[l].pitch; }
 
@@ -110,7 +79,7 @@ class Tile {
     std::vector<int64_t> offsets;
     for (int64_t l = 0; l < run_.count; ++l) {
       nodes_[l].pitch = pitch_of(layer(l).width);
-      for (int i = 0; i < 7; ++i) offsets.push_back(take(kTile * nodes_[l].pitch));
+      for (int i = 0; i < kFields; ++i) offsets.push_back(take(kTile * nodes_[l].pitch));
       widest_ = std::max(widest_, nodes_[l].pitch);
     }
     const int64_t x = take(kTile * layer(0).inputs);
@@ -120,16 +89,19 @@ class Tile {
     T* base = storage_.template data_ptr<T>();
     std::memset(base, 0, sizeof(T) * size);
     for (int64_t l = 0; l < run_.count; ++l) {
-      T** fields[] = {&nodes_[l].a, &nodes_[l].mu, &nodes_[l].phi, &nodes_[l].v, &nodes_[l].delta, &nodes_[l].g, &nodes_[l].u};
-      for (int i = 0; i < 7; ++i) *fields[i] = base + offsets[7 * l + i];
-      if (layer(l).activation == Activation::identity) nodes_[l].mu = nodes_[l].a;
-      if (layer(l).feed == static_cast<int>(Activation::identity) || layer(l).passes_target) nodes_[l].v = nodes_[l].phi;
-      if (run_.momentum == 0) nodes_[l].u = nullptr;
+      Node<T>& node = nodes_[l];
+      T** fields[kFields] = {&node.a, &node.mu, &node.phi, &node.v, &node.delta, &node.g, &node.u, &node.last};
+      for (int i = 0; i < kFields; ++i) *fields[i] = base + offsets[kFields * l + i];
+      if (layer(l).activation == Activation::identity) node.mu = node.a;
+      if (layer(l).feed == static_cast<int>(Activation::identity) || layer(l).passes_target) node.v = node.phi;
+      if (run_.momentum == 0) node.u = nullptr;
+      if (!run_.bf16_delta) node.last = nullptr;
     }
     x_ = base + x;
     back_ = base + back;
     room_ = base + room;
     flags_.resize(widest_);
+    if (run_.bf16_delta) half_ = at::empty({kTile * widest_}, at::TensorOptions().dtype(at::kBFloat16));
     frozen_.resize(kTile);
   }
 
@@ -144,9 +116,10 @@ class Tile {
         forward_once(weights_[0], rows_, x_, inputs, node.a, node.pitch, room_);
       } else {
         forward(weights_[l], rows_, nodes_[l - 1].v, nodes_[l - 1].pitch, node.a, node.pitch);
+        keep_last(nodes_[l - 1]);
       }
       ++outcome_.products;
-      predict(l);
+      predict(l, true);
       set_state(l);
       feed(l);
       if (node.u) std::memset(node.u, 0, sizeof(T) * rows_ * node.pitch);
@@ -154,10 +127,16 @@ class Tile {
     for (int64_t l = 1; l < run_.count; ++l) error(l);
   }
 
-  void predict(int64_t l) {
+  void keep_last(const Node<T>& node) {
+    if (node.last) std::memcpy(node.last, node.v, sizeof(T) * rows_ * node.pitch);
+  }
+
+  // mu_l from a_l; `fresh`: a_l has not had its bias yet
+  void predict(int64_t l, bool fresh) {
     const Node<T>& node = nodes_[l];
+    const T* bias = fresh ? static_cast<const T*>(layer(l).bias) : nullptr;
     for (int64_t i = 0; i < samples_; ++i) {
-      activate(layer(l).activation, layer(l).width, static_cast<const T*>(layer(l).bias), row(node.a, l, i), row(node.mu, l, i));
+      activate(layer(l).activation, layer(l).width, bias, row(node.a, l, i), row(node.mu, l, i));
     }
   }
 
@@ -222,14 +201,51 @@ class Tile {
     }
   }
 
+  // back_ <- W_l^T delta_l, the feedback to the node below
+  void pull(int64_t l) {
+    const Node<T>& node = nodes_[l];
+    ++outcome_.products;
+    if constexpr (std::is_same_v<T, float>) {
+      if (run_.bf16_delta) {
+        for (int64_t i = 0; i < rows_; ++i) to_bfloat16(layer(l).width, row(node.delta, l, i), half_bits(i));
+        pad_half(layer(l).width);
+        multiply_pairs(rows_, layer(l).width, layer(l).inputs, half(), widest_, weights_[l].backward_pairs, false, back_, widest_);
+        return;
+      }
+    }
+    backward(weights_[l], rows_, node.delta, node.pitch, back_, widest_);
+  }
+
+  // a_l after v_{l-1} has changed
+  void push(int64_t l) {
+    const Node<T>&node = nodes_[l], &below = nodes_[l - 1];
+    ++outcome_.products;
+    if constexpr (std::is_same_v<T, float>) {
+      if (run_.bf16_delta) {
+        const int64_t inputs = layer(l).inputs;
+        for (int64_t i = 0; i < rows_; ++i) {
+          difference_to_bfloat16(inputs, row(below.v, l - 1, i), row(below.last, l - 1, i), half_bits(i));
+        }
+        pad_half(inputs);
+        multiply_pairs(rows_, inputs, layer(l).width, half(), widest_, weights_[l].forward_pairs, true, node.a, node.pitch);
+        return;
+      }
+    }
+    forward(weights_[l], rows_, below.v, below.pitch, node.a, node.pitch);
+  }
+
+  at::BFloat16* half() { return half_.template data_ptr<at::BFloat16>(); }
+  uint16_t* half_bits(int64_t i) { return reinterpret_cast<uint16_t*>(half() + i * widest_); }
+  void pad_half(int64_t n) {  // an odd row's missing partner
+    for (int64_t i = 0; n % 2 && i < rows_; ++i) half_bits(i)[n] = 0;
+  }
+
   // g_l: the Euclidean gradient, or the natural step's direction
   void direct(int64_t l, bool feedback) {
     const LayerDesc& d = layer(l);
     const Node<T>& node = nodes_[l];
     if (feedback) {
-      const Node<T>& above = nodes_[l + 1];
-      backward(weights_[l + 1], rows_, above.delta, above.pitch, back_, widest_);
-      ++outcome_.products;
+      pull(l + 1);
     }
     for (int64_t i = 0; i < samples_; ++i) {
       T* back = feedback ? back_ + i * widest_ : nullptr;
@@ -253,9 +269,8 @@ class Tile {
     }
     for (int64_t l = 1; l < run_.count; ++l) {
       if (move.moves[l - 1]) {
-        forward(weights_[l], rows_, nodes_[l - 1].v, nodes_[l - 1].pitch, nodes_[l].a, nodes_[l].pitch);
-        ++outcome_.products;
-        predict(l);
+        push(l);
+        predict(l, !run_.bf16_delta);
       }
       if (move.refresh[l]) error(l);
     }
@@ -350,7 +365,7 @@ class Tile {
   const InferDesc& run_;
   const std::vector<Weight<T>>& weights_;
   std::vector<Node<T>> nodes_;
-  at::Tensor storage_;
+  at::Tensor storage_, half_;
   std::vector<uint8_t> flags_, frozen_;
   T *x_ = nullptr, *back_ = nullptr, *room_ = nullptr;
   int64_t widest_ = 0, first_ = 0, samples_ = 0, rows_ = 0, last_recorded_ = 0;

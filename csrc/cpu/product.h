@@ -21,6 +21,7 @@ struct Weight {
   int64_t width, inputs;
   const T* rows;
   const T* panels;  // null for float64, whose product takes the transpose as it stands
+  const at::BFloat16 *forward_pairs, *backward_pairs;  // W^T and W for `bf16_delta`, or null
 };
 
 inline int64_t panel_count(int64_t width) { return (width + kPanel - 1) / kPanel; }
@@ -37,6 +38,29 @@ void pack_panel(const T* rows, int64_t width, int64_t inputs, int64_t p, T* pane
       const T* row = rows + (first + j) * inputs;
       for (int64_t k = k0; k < k1; ++k) panel[k * columns + j] = row[k];
     }
+  }
+}
+
+// Rows of a bfloat16 operand come in pairs: [panel][inner / 2][columns of the panel][2], a missing last row as zeros.
+inline int64_t paired(int64_t inner) { return (inner + 1) / 2 * 2; }
+
+// Panel p of the (inner, outer) matrix whose entry (k, j) is w[k * step_k + j * step_j].
+inline void pack_pair_panel(const float* w, int64_t inner, int64_t outer, int64_t step_k, int64_t step_j, int64_t p,
+                            at::BFloat16* pairs) {
+  const int64_t first = p * kPanel, columns = std::min(kPanel, outer - first);
+  at::BFloat16* panel = pairs + first * paired(inner);
+  for (int64_t k = 0; k < paired(inner); ++k) {
+    at::BFloat16* row = panel + k / 2 * columns * 2 + k % 2;
+    for (int64_t j = 0; j < columns; ++j) row[2 * j] = k < inner ? w[k * step_k + (first + j) * step_j] : 0.0f;
+  }
+}
+
+// out (m, outer) = left (m, inner) times such pairs, added to out if asked
+inline void multiply_pairs(int64_t m, int64_t inner, int64_t outer, const at::BFloat16* left, int64_t ldl,
+                           const at::BFloat16* pairs, bool add, float* out, int64_t ldo) {
+  for (int64_t first = 0; first < outer; first += kPanel) {
+    const int64_t columns = std::min(kPanel, outer - first), inner2 = paired(inner);
+    at::native::cpublas::brgemm(m, columns, inner2, ldl, columns, ldo, add, left, pairs + first * inner2, out + first, true);
   }
 }
 

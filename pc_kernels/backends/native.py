@@ -75,8 +75,11 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     why = unavailable_reason()
     if why is not None:
         return why
-    if op not in OPS:
-        return f"{op} is not written in C++ yet"
+    if op == "infer in bf16_delta":
+        if not torch.ops.pc_kernels_native.has_bf16():
+            return "this CPU has no AVX512_BF16"
+    elif op not in OPS:
+        return f"{op} is not written for the CPU"
     given = [tensor for tensor in tensors if tensor is not None]
     away = next((tensor for tensor in given if tensor.device.type != "cpu"), None)
     if away is not None:
