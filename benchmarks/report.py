@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""`python -m benchmarks.report`: writes the README's figures from the JSON files in benchmarks/results, and from
+nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def accuracy_section(path: Path) -> str:
+    """A table of a `pc-run reproduce fig3` summary."""
+    document = json.loads(path.read_text())
+    note = f" ({document['note']})" if document["note"] else ""
+    rows = [
+        [
+            entry["model"].upper(),
+            entry["method"],
+            "diverged" if entry["accuracy"] is None else f"{100 * entry['accuracy']:.2f}",
+            "" if entry["points_from_bp"] is None else f"{entry['points_from_bp']:+.2f}",
+            "" if entry["phi_lr"] is None else f"{entry['phi_lr']:g}",
+            f"{entry['theta_lr']:g}",
+            str(entry["epochs"]),
+            str(entry["seeds"]),
+        ]
+        for entry in document["summary"]
+    ]
+    header = ["model", "method", "test accuracy %", "from BP", "phi lr", "theta lr", "epochs", "seeds"]
+    source = f"`{document['command']}` on {document['machine']['cpu']}, {document['machine']['threads']} thread(s)."
+    return (
+        f"**{document['data']}{note}**, T = 32 ([{path.name}](benchmarks/results/{path.name}))\n\n{source}\n\n"
+        + markdown(header, rows)
+    )
+
+
+def timing_section(path: Path) -> str:
+    """Median times of every method and case, and the ratio to eager autograd with frozen weights."""
+    document = json.loads(path.read_text())
+    names = list(dict.fromkeys(name for row in document["rows"] for name in row["seconds"]))
+    rows = []
+    for row in document["rows"]:
+        base = statistics.median(row["seconds"]["autograd, weights frozen"])
+        cells = [row["case"]["name"]]
+        for name in names:
+            seconds = row["seconds"].get(name)
+            median = statistics.median(seconds) if seconds else 0.0
+            cells.append(f"{median * 1e3:.1f} ({base / median:.2f}x)" if seconds else "gate failed")
+        rate = row["flops"] / statistics.median(row["seconds"]["cpp fp32"]) * 1e-9
+        cells.append(f"{rate / statistics.median(row['peak_gflops']):.0%}")
+        rows.append(cells)
+    machine = document["machine"]
+    head = (
+        f"**Inference, T = 32**, median ms and speed over eager autograd with frozen weights "
+        f"([{path.name}](benchmarks/results/{path.name}))\n\n`{document['command']}` on {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}. Last column: `cpp fp32`'s share of the FMA "
+        "peak measured in the same rounds.\n\n"
+    )
+    return head + markdown(["case", *names, "of peak"], rows)
+
+
+def figures() -> str:
+    """The whole section."""
+    parts = [accuracy_section(path) for path in sorted(RESULTS.glob("fig3_*.json"))]
+    parts += [timing_section(path) for path in sorted(RESULTS.glob("cpu_infer*.json"))]
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Write it, or with --check say whether it is up to date."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README is not what the JSON files give")
+    check: Any = parser.parse_args().check
+    text = README.read_text()
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    new = f"{before}{START}\n{figures()}\n{END}{after}"
+    if check:
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
