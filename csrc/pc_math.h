@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The mathematics in C++, once, for the CPU and for CUDA: activations and energy families with closed-form derivatives.
 //
-// The formulas are SPEC section 2's in the forms of pc_kernels/pc_math.py, which keep relative accuracy near phi = mu.
+// The formulas are the README's section 2's in the forms of pc_kernels/pc_math.py, which keep relative accuracy near phi = mu.
 // Everything is a template over the value type V: float, double, or a vector type for which Prim<V> is specialised
 // (comparisons then yield a vector mask: branches are `select`, conditions are joined by `&`, constants are V(c)).
 // No torch header here. Adding a family = one struct and one line in PC_ENERGIES.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Which nodes can move when: the light cone of SPEC section 3, the C++ counterpart of pc_kernels/schedule.py. No torch here.
+// Which nodes can move when: the light cone of the README's section 3, the C++ counterpart of pc_kernels/schedule.py. No torch here.
 #pragma once
 
 #include <cstdint>

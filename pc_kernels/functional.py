@@ -34,7 +34,8 @@ def layer_energies(
     """Energies E_l = D_KL[X_l(phi_l) || Xhat_l(mu_l)] of all nodes, in nats: (L, B), float32 (float64 in, float64 out).
 
     phis, mus: one (B, ..., D) tensor per node, shapes may differ from node to node; the energy sums over all but dim 0.
-    energies: names out of `ENERGIES` (their formulas: SPEC section 2). log_vars: (D,) for "gaussian_diag" nodes,
+    energies: names out of `ENERGIES` (their formulas: the README's section 2). log_vars: (D,) for "gaussian_diag"
+    nodes,
     None elsewhere.
     masks: None or bool, broadcast to phi; True takes part.
     clamped: None (free), True (phi is the target: probabilities, class indices, counts or data) or a bool mask, True
@@ -55,7 +56,7 @@ def layer_errors(
     masks: Masks | None = None,
     clamped: Clamps | None = None,
 ) -> LayerErrors:
-    """Energies of all nodes together with dE/dphi and dE/dmu, the closed forms of SPEC section 2.
+    """Energies of all nodes together with dE/dphi and dE/dmu, the closed forms of the README's section 2.
 
     Arguments as in `layer_energies`. Returns LayerErrors(energy (L, B), grad_phi, grad_mu): lists shaped as phis and
     mus. grad_phi is

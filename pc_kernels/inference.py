@@ -37,32 +37,28 @@ def infer(
     noise: Tensor | Sequence[Tensor | None] | None = None,
     trace: bool = False,
 ) -> Inference:
-    """The E-step: `steps` simultaneous gradient moves of all free phi on F = sum_l E_l, the weights fixed (SPEC
-    section 1).
+    """The E-step: `steps` simultaneous gradient moves of all free phi on F = sum_l E_l, the weights fixed.
 
-        a_l = W_l v_{l-1} + b_l,  mu_l = act_l(a_l),  delta_l = act_l'(a_l)^T dE_l/dmu_l
-        g_l = dE_l/dphi_l + feed_l'(phi_l)^T W_{l+1}^T delta_{l+1},   phi_l <- phi_l - lr g_l   (momentum: as
-        torch.optim.SGD)
+        a_l = W_l v_{l-1} + b_l,   mu_l = act_l(a_l),   delta_l = act_l'(a_l)^T dE_l/dmu_l
+        g_l = dE_l/dphi_l + feed_l'(phi_l)^T W_{l+1}^T delta_{l+1}
+        phi_l <- phi_l - lr g_l                        (momentum: u <- m u + g, phi <- phi - lr u, as torch.optim.SGD)
 
     x: (B, V_0), float32 or float64. layers: L `Layer`s.
-    target: clamps the last node: class indices (B,) int64 for "categorical", else a float tensor (B, D_L); (B, D_L /
-    2) for "gaussian_full".
-    phis: one state (B, D_l) or None per node; None starts at the forward value phi_l = mu_l.
-    clamp: per node None (free), True (held: phis[l] is the target, passed on in place of the feed) or a bool mask,
-    True = held at phis[l].
+    target: clamps the last node: class indices (B,) int64 for "categorical", else floats (B, D_L); (B, D_L / 2) for
+        "gaussian_full".
+    phis: per node a state (B, D_l), or None to start at the forward value phi_l = mu_l.
+    clamp: per node None (free), True (phis[l] is the target, passed on in place of the feed) or a bool mask, True =
+        held at phis[l].
     masks: per node None or a bool mask, True takes part; a masked entry has no energy and does not move.
-    tol: stop a sample once the Euclidean norm of its g is below it; `steps` is then the largest count.
-    precision: of the matrix products: "fp32"; "bf16_delta" (first pre-activations exact, then differences in
-    bfloat16); "tf32"; "bf16" (loses the
-        early layers' errors, which are small differences of large numbers). float64 input takes "fp32" and runs in
-        float64.
-    noise: n of the sample z = u + e^(s/2) n: (B, D/2), or one entry per node. Required by a node that feeds on its
-    sample.
-    trace: also return the energies, (steps + 1, L), batch means.
+    tol: a sample stops once the Euclidean norm of its g is below it; the result's `steps` is the largest count.
+    precision: of the matrix products. "fp32"; "bf16_delta" (first pre-activations exact, then differences in bfloat16:
+        the fast one to trust); "tf32"; "bf16" (beware: the early layers' errors are small differences of large numbers,
+        and it loses them). float64 input takes "fp32" and runs in float64 throughout.
+    noise: n of the sample z = u + e^(s/2) n, (B, D/2), or one entry per node; a node that feeds on its sample needs it.
+    trace: also return the energies, (steps + 1, L), batch means in nats.
 
-    lr does not depend on B: F is summed over features, never averaged over samples. Records no gradient.
-    Raises ValueError or TypeError before any work; BackendUnavailable; InferenceDiverged when a state becomes
-    non-finite.
+    F is summed over features and never averaged over samples, so lr does not depend on B. Records no gradient.
+    Raises ValueError or TypeError before any work, BackendUnavailable, and InferenceDiverged for a non-finite state.
     """
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
     checks.count("steps", steps)

@@ -31,7 +31,7 @@ class LayerGrads(NamedTuple):
 
 
 class WorkCount(NamedTuple):
-    """Matrix products done by an inference, and the least that SPEC section 3 leaves."""
+    """Matrix products done by an inference, and the least that the README's section 3 leaves."""
 
     products: int
     lower_bound: int

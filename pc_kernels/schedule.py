@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which nodes can move when, and which matrix products that takes: the light cone of SPEC section 3.
+"""Which nodes can move when, and which matrix products that takes: the light cone of the README's section 3.
 
 A node moves only once its own prediction error, or that of the node above, can be non-zero. After a forward
 initialisation only the clamped output has an error, so at move t only nodes l >= L - t move; inner clamps, given

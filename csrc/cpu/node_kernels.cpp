@@ -239,7 +239,7 @@ double run_node(Energy energy, const View<T>& v, Form form) {
 
 template <class T>
 void direction(Energy energy, bool natural, View<T> v, int64_t n, const T* feedback, T* g) {
-  if (natural || (energy == Energy::gaussian && v.mask == nullptr)) {  // the same form (SPEC section 2)
+  if (natural || (energy == Energy::gaussian && v.mask == nullptr)) {  // the same form (the README's section 2)
     kernel::subtract(n, v.phi, v.mu, feedback, g);
     return;
   }

@@ -69,7 +69,7 @@ def layer_errors(
     holds: Sequence[Tensor | None],
     clamped: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Energies (L, B), dE/dphi and dE/dmu per node (SPEC section 2)."""
+    """Energies (L, B), dE/dphi and dE/dmu per node (the README's section 2)."""
     grad_phi, grad_mu = [], []
     for raw_phi, raw_mu, name, raw_lv, mask, hold, held in zip(
         phis, mus, energies, log_vars, masks, holds, clamped, strict=True
@@ -97,7 +97,7 @@ def update_phi_(
     masks: Sequence[Tensor | None],
     holds: Sequence[Tensor | None],
 ) -> None:
-    """One move of every node, in place: u <- m u + g; phi <- phi - lr u (SPEC section 1, and 2 for the natural
+    """One move of every node, in place: u <- m u + g; phi <- phi - lr u (the README's section 1, and 2 for the natural
     step)."""
     for l, (phi, mu, name) in enumerate(zip(phis, mus, energies, strict=True)):
         family, log_var = ENERGY_TABLE[name], log_vars[l]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The T inference steps of a chain in plain torch: SPEC section 1 with the exact savings of section 3, any dtype and
+"""The T inference steps of a chain in plain torch: the README's section 1 with the exact savings of section 3, any
+dtype and
 device."""
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Chain:
         self.delta = [self._delta(l) for l in range(n)]
 
     def _feed(self, l: int) -> Tensor:
-        """What node l passes on; a clamped node its target, where that is what the node's feed would give (SPEC
+        """What node l passes on; a clamped node its target, where that is what the node's feed would give (the README's
         section 1)."""
         if l == self.size - 1 or (self.clamped[l] and not self.families[l].target_is_state):
             return self.phi[l]
