@@ -68,7 +68,7 @@ def infer(
     _check_precision(precision, x)
     limit = -1.0 if tol is None else checks.number("tol", tol, least=0)
     with torch.no_grad():
-        states, deltas, energy, status = torch.ops.pc_kernels.infer(
+        states, deltas, energy, status = library.infer(
             *problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace
         )
     free, source = problem.sources()

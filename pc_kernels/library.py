@@ -52,6 +52,12 @@ def _run_infer(x: Tensor, *rest: Any) -> Any:
     return dispatch.module(dispatch.choose(infer_task(rest[-2]), [x])).infer(x, *rest)
 
 
+def infer(x: Tensor, *rest: Any) -> Any:
+    """The op. Where nobody traces, the backend is called directly: going through the dispatcher takes 30 us in Python."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack()
+    return torch.ops.pc_kernels.infer(x, *rest) if traced else _run_infer(x, *rest)
+
+
 def _run_update(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> None:
     dispatch.module(dispatch.choose("update_phi_", mus[:1])).update_phi_(phis, mus, *rest)
 

@@ -174,6 +174,25 @@ def test_compiles_whole(function: Callable, gen: torch.Generator) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own import
+def test_inductor(gen: torch.Generator) -> None:
+    """torch's own compiler around an update in place: it must see the mutation."""
+    phi, mu = inputs.normal(gen, 3, 4), inputs.normal(gen, 3, 4)
+    states = [phi.clone(), phi.clone()]
+
+    def step(state: Tensor) -> Tensor:
+        before = pck.layer_energies([state], [mu], ["gaussian"])
+        pck.update_phi_([state], [mu], [None], ["gaussian"], lr=0.5)
+        return before
+
+    for _ in range(2):
+        got, want = torch.compile(step, fullgraph=True)(states[0]), step(states[1])
+        assert torch.equal(got, want)
+        assert torch.equal(states[0], states[1])
+    torch.testing.assert_close(states[0], 0.25 * phi + 0.75 * mu)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_gradients_through_a_compiled_energy(gen: torch.Generator) -> None:
     phi, mu = inputs.normal(gen, 3, 4).requires_grad_(), inputs.normal(gen, 3, 4).requires_grad_()
     compiled = torch.compile(lambda a, b: _energies(a, b).sum(), fullgraph=True, backend="aot_eager")
@@ -231,6 +250,10 @@ def test_use_backend_nests_and_restores() -> None:
     assert _chosen() == outside
 
 
+needs_a_missing_backend = pytest.mark.skipif(set(ALL_BACKENDS) == set(INFER_BACKENDS), reason="all backends run here")
+
+
+@needs_a_missing_backend
 def test_use_backend_is_each_threads_own() -> None:
     """A thread does not see what another one chose."""
     missing = next(name for name in ALL_BACKENDS if name not in INFER_BACKENDS)
@@ -257,10 +280,10 @@ RUN = "import torch, pc_kernels as p; print(p.infer(torch.ones(1, 2), [p.Layer(t
 def test_the_environment_variable() -> None:
     good = _python(RUN, PC_KERNELS_BACKEND="reference")
     assert (good.returncode, good.stdout.strip()) == (0, "reference"), good.stderr
-    missing = next(name for name in ALL_BACKENDS if name not in INFER_BACKENDS)
-    refused = _python(RUN, PC_KERNELS_BACKEND=missing)
-    assert refused.returncode != 0
-    assert "BackendUnavailable" in refused.stderr
+    for missing in [name for name in ALL_BACKENDS if name not in INFER_BACKENDS][:1]:
+        refused = _python(RUN, PC_KERNELS_BACKEND=missing)
+        assert refused.returncode != 0
+        assert "BackendUnavailable" in refused.stderr
     unknown = _python(RUN, PC_KERNELS_BACKEND="fastest")
     assert unknown.returncode != 0
     last = unknown.stderr.strip().splitlines()[-1]
