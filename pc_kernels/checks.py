@@ -39,12 +39,13 @@ def choice(argument: str, value: Any, valid: Sequence[str]) -> None:
         fail(argument, "a known name", repr(value), f"one of {', '.join(valid)}")
 
 
-def number(argument: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """A finite real number within [least, most]."""
+def number(argument: str, value: Any, least: float = -math.inf, below: float = math.inf) -> float:
+    """A finite real number, least <= value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(argument, "a number", describe(value), "pass a Python float", TypeError)
-    if not math.isfinite(value) or not least <= value <= most:
-        bounds = f" >= {least:g}" + ("" if math.isinf(most) else f" and <= {most:g}") if least > -math.inf else ""
+    if not math.isfinite(value) or not least <= value < below:
+        bounds = f" >= {least:g}" if least > -math.inf else ""
+        bounds += f" and < {below:g}" if below < math.inf else ""
         fail(argument, f"a finite number{bounds}", repr(value), "check the configuration")
     return float(value)
 

@@ -104,7 +104,7 @@ def update_phi_(
     n = len(phis)
     listed_log_vars = check_log_vars(log_vars, mus, nodes.energies)
     checks.number("lr", lr, least=0)
-    checks.number("momentum", momentum, least=0, most=1)
+    checks.number("momentum", momentum, least=0, below=1)
     back = _check_like("feedback", feedback, mus)
     rules = _check_rules(step_rules, nodes.energies)
     scales = [1.0 if s is None else s for s in checks.per_node("lr_scales", lr_scales, n)]

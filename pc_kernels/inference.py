@@ -61,12 +61,7 @@ def infer(
     Raises ValueError or TypeError before any work, BackendUnavailable, and InferenceDiverged for a non-finite state.
     """
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
-    checks.count("steps", steps)
-    checks.number("lr", lr, least=0)
-    checks.number("momentum", momentum, least=0, most=1)
-    checks.flag("trace", trace)
-    _check_precision(precision, x)
-    limit = -1.0 if tol is None else checks.number("tol", tol, least=0)
+    limit = _check_settings(x, steps, lr, momentum, tol, precision, trace)
     with torch.no_grad():
         states, deltas, energy, status = library.infer(
             *problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace
@@ -82,15 +77,17 @@ def infer(
     return result
 
 
-def _check_precision(precision: Any, x: Tensor) -> None:
+def _check_settings(x: Tensor, steps: Any, lr: Any, momentum: Any, tol: Any, precision: Any, trace: Any) -> float:
+    """The settings of a run; returns tol as the op takes it."""
+    checks.count("steps", steps)
+    checks.number("lr", lr, least=0)
+    checks.number("momentum", momentum, least=0, below=1)
+    checks.flag("trace", trace)
     checks.choice("precision", precision, PRECISIONS)
     if precision != "fp32" and x.dtype == torch.float64:
-        checks.fail(
-            "precision",
-            "'fp32' with float64 input",
-            repr(precision),
-            "float64 runs in float64 throughout; or pass x.float()",
-        )
+        remedy = "float64 runs in float64 throughout; or pass x.float()"
+        checks.fail("precision", "'fp32' with float64 input", repr(precision), remedy)
+    return -1.0 if tol is None else checks.number("tol", tol, least=0)
 
 
 def weight_grads(x: Tensor, layers: Sequence[Layer], result: Inference, reduction: str = "mean") -> list[LayerGrads]:
@@ -159,8 +156,7 @@ def explain(
 ) -> str:
     """Which backend and schedule `infer` would use for these arguments, and why the others would not. Runs nothing."""
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
-    checks.count("steps", steps)
-    _check_precision(precision, x)
+    _check_settings(x, steps, lr, momentum, tol, precision, trace)
     free, source = problem.sources()
     bound, full = lower_bound(free, source, steps), len(free) + 2 * (len(free) - 1) * steps
     widths = "-".join(str(w) for w in [x.shape[1], *(layer.weight.shape[0] for layer in layers)])

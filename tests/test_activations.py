@@ -115,7 +115,8 @@ def test_softmax_is_over_the_last_dimension_and_stable(dtype: torch.dtype, infer
 
 
 def test_gaussian_over_saturated_softmax_vanishes(infer_backend: str) -> None:
-    """PC_F's weakness, SPEC.md 2: delta = q * (r - <q, r>) is 0 where q saturates, however wrong the answer is."""
+    """PC_F's weakness, the README's section 2: delta = q * (r - <q, r>) is 0 where q saturates, however wrong the
+    answer is."""
     layer = pck.Layer(torch.eye(3, dtype=torch.float64), activation="softmax")
     x = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64)
     target = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)

@@ -40,7 +40,8 @@ def _refused(call: Callable[[], object], kind: type[Exception] | tuple[type[Exce
     ],
 )
 def test_layers_that_cannot_be(changes: dict[str, Any], argument: str) -> None:
-    """Odd width, natural steps elsewhere than SPEC.md 2 has them, samples and log variances without their family."""
+    """Odd width, natural steps elsewhere than the README's section 2 has them, samples and log variances without
+    their family."""
     _refused(lambda: pck.Layer(**({"weight": ramp(4, 3)} | changes)), V, argument)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Oracles of SPEC.md 5 that need no autograd: linear equilibria, exact fixed points, descent, independent samples."""
+"""Oracles of the README's section 5 that need no autograd: linear equilibria, exact fixed points, descent,
+independent samples."""
 
 from __future__ import annotations
 
@@ -167,7 +168,8 @@ def test_backprop_is_the_first_cone(gen: torch.Generator, layers: Layers, infer_
 
 
 def test_natural_step_is_mirror_descent(gen: torch.Generator, infer_backend: str) -> None:
-    """SPEC.md 2: p <- p^(1 - lr) q^lr exp(-lr g) / Z for a categorical node; here g = W' delta of a Gaussian above."""
+    """the README's section 2: p <- p^(1 - lr) q^lr exp(-lr g) / Z for a categorical node; here g = W' delta of a
+    Gaussian above."""
     below, above = inputs.normal(gen, 6, 5), inputs.normal(gen, 3, 6)
     x, y, phi = inputs.normal(gen, 4, 5), inputs.normal(gen, 4, 3), inputs.normal(gen, 4, 6)
     chain = [pck.Layer(below, energy="categorical"), pck.Layer(above)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The work counter of `infer` against SPEC.md 3's closed formula and against torch's FLOP counter."""
+"""The work counter of `infer` against the README's section 3's closed formula and against torch's FLOP counter."""
 
 from __future__ import annotations
 

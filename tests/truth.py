@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The float64 truth of SPEC.md, brute force: no code of pc_kernels, no closed-form gradient, no light cone.
+"""The float64 truth of the README's mathematics, brute force: no code of pc_kernels, no closed-form gradient, no
+light cone.
 
 Energies are written from torch.distributions or plain logarithms; F is a plain sum of them; every gradient
 (phi, delta, dW, db, dlog_var) comes from autograd. Only the natural step, which is not a gradient, is explicit.
@@ -131,7 +132,7 @@ def _terms(name: str, phi: Tensor, mu: Tensor, log_var: Tensor | None, mask: Ten
 def energy(
     name: str, phi: Tensor, mu: Tensor, log_var: Tensor | None = None, mask: Tensor | None = None, clamped: bool = False
 ) -> Tensor:
-    """E_l of SPEC.md 2, one float64 number per sample."""
+    """E_l of the README's section 2, one float64 number per sample."""
     if name == "categorical" and not phi.is_floating_point():
         phi = F.one_hot(phi, mu.shape[-1])
     phi, mu = phi.to(WORK), mu.to(WORK)
@@ -187,7 +188,7 @@ def errors(
 
 @dataclass
 class Node:
-    """One layer and the value node behind it, in the words of SPEC.md 1."""
+    """One layer and the value node behind it, in the words of the README's section 1."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -347,7 +348,8 @@ def infer(
     masks: list | None = None,
     noise: Tensor | list | None = None,
 ) -> Result:
-    """T Jacobi moves of SPEC.md 1 on every free node, then delta, dW, db and dlog_var at the final states."""
+    """T Jacobi moves of the README's section 1 on every free node, then delta, dW, db and dlog_var at the final
+    states."""
     case, given = _prepare(nodes, x, target, phis, clamp, masks, noise)
     states = _start(case, given)
     velocity = [torch.zeros_like(phi) for phi in states]
