@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""What `PCNetwork.infer(algorithm=...)` can run: one function for the states, one for the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+import pc_kernels as pck
+from pc_runner.inference import Link, Result
+
+
+class Call(NamedTuple):
+    """One call of `PCNetwork.infer`, the arguments as they came; per-node lists have one entry per node."""
+
+    owner: nn.Module
+    x: Tensor  # (B, D_0)
+    y: Tensor | None
+    links: Sequence[Link]
+    layers: list[pck.Layer]
+    masks: list[Tensor | None] | None
+    settings: dict[str, Any]  # what `pck.infer` takes beside these
+
+
+def infer_pc(call: Call) -> Result:
+    """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`, SPEC section 1)."""
+    done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
+    return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done)
+
+
+def backward_pc(result: Result) -> None:
+    """p.grad += dF/dp / B at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l."""
+    assert result.inference is not None  # of every "pc" result
+    grads = pck.weight_grads(result.x, result.layers, result.inference)
+    for layer, grad in zip(result.layers, grads, strict=True):
+        _accumulate(layer.weight, grad.weight)
+        _accumulate(layer.bias, grad.bias)
+        _accumulate(layer.log_var, grad.log_var)
+
+
+def _accumulate(parameter: Tensor | None, grad: Tensor | None) -> None:
+    if parameter is None or grad is None or not parameter.requires_grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad.add_(grad)
+
+
+_STATES_ONLY = {"phis": None, "clamp": None, "noise": None, "precision": "fp32"}  # settings "bp" has no use for
+
+
+def infer_bp(call: Call) -> Result:
+    """Backpropagation's half of an inference: the forward pass and the batch mean of the output's energy, with graph.
+
+    The states are the feed-forward ones; nothing moves.
+    """
+    for name, default in _STATES_ONLY.items():
+        if call.settings[name] != default:
+            raise ValueError(f"{name}: wanted {default!r} with algorithm='bp', which holds no states; leave it out")
+    if call.masks is not None and any(mask is not None for mask in call.masks[:-1]):
+        raise ValueError("masks: wanted None for hidden nodes with algorithm='bp', got a mask; use algorithm='pc'")
+    with torch.enable_grad():
+        mus = forward_nodes(call.links, call.layers, call.x)
+        loss = None if call.y is None else _output_energy(call, mus[-1])
+    phis = [mu.detach() for mu in mus]
+    energy = None
+    if loss is not None and call.y is not None:
+        phis[-1] = call.y
+    if call.settings["trace"]:
+        energy = phis[0].new_zeros(1, len(mus))
+        if loss is not None:
+            energy[0, -1] = loss.detach()
+    return Result(phis, energy, "bp", call.owner, call.x, call.layers, loss=loss)
+
+
+def forward_nodes(links: Sequence[Link], layers: Sequence[pck.Layer], x: Tensor) -> list[Tensor]:
+    """mu_l (B, D_l) of all nodes by the user's own modules; an activation that is a node's feed comes after its mu."""
+    mus, v = [], x
+    for link, layer in zip(links, layers, strict=True):
+        a = link.linear(v)
+        v = a if link.activation is None else link.activation(a)
+        mus.append(a if layer.activation == "identity" else v)
+    return mus
+
+
+def _output_energy(call: Call, mu: Tensor) -> Tensor:
+    last, masks = call.layers[-1], call.masks
+    energies = pck.layer_energies(
+        [call.y], [mu], [last.energy], clamped=[True],  # type: ignore[list-item]
+        log_vars=[last.log_var], masks=None if masks is None else [masks[-1]],
+    )  # fmt: skip
+    return energies.sum() / max(len(mu), 1)
+
+
+def backward_bp(result: Result) -> None:
+    """p.grad += dE_L/dp / B by autograd. Once per result."""
+    if result.loss is None:
+        raise ValueError("result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer")
+    result.loss.backward()
+
+
+class Algorithm(NamedTuple):
+    infer: Callable[[Call], Result]
+    backward: Callable[[Result], None]
+
+
+ALGORITHMS = {"pc": Algorithm(infer_pc, backward_pc), "bp": Algorithm(infer_bp, backward_bp)}
+LATER = ("ipc", "fixed_prediction", "zil", "epc")
+
+
+def choose(name: str, state_optimizer: Any, optimizer: Any) -> Algorithm:
+    """The algorithm of that name. Raises ValueError for unknown ones, and for arguments that only later ones take."""
+    for argument, value in (("state_optimizer", state_optimizer), ("optimizer", optimizer)):
+        if value is not None:
+            _refuse(argument, "None", type(value).__name__, "the algorithms that use it come with a later version")
+    if name in LATER:
+        _refuse("algorithm", f"one of {', '.join(ALGORITHMS)}", repr(name), "this one comes with a later version")
+    if name not in ALGORITHMS:
+        _refuse("algorithm", f"one of {', '.join(ALGORITHMS)}", repr(name), "'pc' is predictive coding")
+    return ALGORITHMS[name]
+
+
+def _refuse(argument: str, wanted: str, got: str, remedy: str) -> NoReturn:
+    raise ValueError(f"{argument}: wanted {wanted}, got {got}; {remedy}")

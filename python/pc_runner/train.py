@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""Training one network: deterministic given its configuration, resumable at any batch, bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pc_runner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from pc_runner.config import METHODS, TrainConfig, differences
+from pc_runner.data import Images, batches, count_batches
+from pc_runner.inference import Result
+from pc_runner.metrics import MetricsLog, read_rows
+from pc_runner.models.mlp import build, targets
+from pc_runner.network import PCNetwork
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+ENERGY_EVERY = 25  # batches between two readings of the energy, which cost a trace and a synchronisation
+
+Row = dict[str, Any]
+
+
+class Interrupted(RuntimeError):  # noqa: N818 - what happened, not what went wrong
+    """Training stopped between two batches because it was asked to; the checkpoint, if there is one, is saved."""
+
+
+class Run:
+    """One training run: the network, its optimiser, and where it stands.
+
+    Attributes:
+        net, optimizer: what is trained, and by what.
+        step, epoch, batch: batches done, epochs finished, batches done of the current epoch.
+        rows: one dict per finished epoch: epoch (from 1), step, energy (final F a sample in nats, mean of the batches
+            read), accuracy (of the test images, 0 to 1), ms_per_step, seconds (of the epoch's training), backend.
+    """
+
+    def __init__(self, config: TrainConfig, images: Images):
+        self.config, self.images = config, images
+        features = images.x_train.shape[1]
+        self.net = build(
+            config.model, config.method, features, images.classes, config.hidden, config.seed, config.lr_scale
+        )  # fmt: skip
+        self.targets = targets(self.net, images.y_train, images.classes)
+        self.optimizer = make_optimizer(config.optimizer, self.net, config.theta_lr)
+        self.step = self.epoch = self.batch = 0
+        self.rows: list[Row] = []
+        self.backend = ""
+        self._begin_epoch()
+        self.net.infer(images.x_train[:1], self.targets[:1], steps=0)  # raises now what training would raise
+
+    def _begin_epoch(self) -> None:
+        self.batch, self._seconds, self._energies = 0, 0.0, []
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return count_batches(len(self.images.x_train), self.config.batch_size)
+
+    def train_batches(self) -> Iterator[float | None]:
+        """Train on the rest of the epoch; yields after every batch: F per sample where it was read, else None."""
+        config, x, y = self.config, self.images.x_train, self.targets
+        order = batches(len(x), config.batch_size, seed=config.seed, epoch=self.epoch, skip=self.batch)
+        for index in order:
+            started = time.perf_counter()
+            read = self.batch % ENERGY_EVERY == 0
+            result = self._learn(x[index], y[index], trace=read)
+            energy = None
+            if read:
+                assert result.energy is not None  # traced
+                energy, self.backend = float(result.energy[-1].sum()), result.backend
+                self._energies.append(energy)
+            self._seconds += time.perf_counter() - started
+            self.batch, self.step = self.batch + 1, self.step + 1
+            yield energy
+
+    def _learn(self, x: Tensor, y: Tensor, trace: bool) -> Result:
+        """One inference, then `weight_updates` optimiser steps at its phis."""
+        config, algorithm = self.config, METHODS[self.config.method].algorithm
+        result = first = self.net.infer(
+            x, y, config.steps, config.phi_lr, config.phi_momentum, algorithm=algorithm, trace=trace
+        )  # fmt: skip
+        for update in range(config.weight_updates):
+            if update and algorithm == "bp":
+                result = self.net.infer(x, y, algorithm="bp", trace=False)
+            elif update:  # the new weights' errors at the same phis; the target gives the last
+                result = self.net.infer(x, y, steps=0, phis=[*first.phis[:-1], None], trace=False)
+            self.optimizer.zero_grad()
+            self.net.backward(result)
+            self.optimizer.step()
+        return first
+
+    def end_epoch(self) -> Row:
+        """Evaluate, and begin the next epoch."""
+        self.epoch += 1
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "energy": math.fsum(self._energies) / max(len(self._energies), 1),
+            "accuracy": accuracy(self.net, self.images.x_test, self.images.y_test),
+            "ms_per_step": 1000 * self._seconds / max(self.batch, 1),
+            "seconds": self._seconds,
+            "backend": self.backend,
+        }
+        self.rows.append(row)
+        self._begin_epoch()
+        return row
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint from which `resume` continues exactly. Raises CheckpointError."""
+        progress = {
+            "config": self.config.identity(), "step": self.step, "epoch": self.epoch, "batch": self.batch,
+            "seconds": self._seconds, "energies": self._energies, "rows": self.rows, "backend": self.backend,
+        }  # fmt: skip
+        save_checkpoint(path, model=self.net.state_dict(), optimizer=self.optimizer, progress=progress)
+
+    @classmethod
+    def resume(cls, path: Path, config: TrainConfig, images: Images) -> Run:
+        """The run that wrote the checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
+        checkpoint = load_checkpoint(path)
+        check_same_config(path, checkpoint.progress, config)
+        run = cls(config, images)
+        load_weights(run.net, checkpoint, path)
+        try:
+            progress = checkpoint.progress
+            run.optimizer.load_state_dict(checkpoint.optimizer or {})
+            run.step, run.epoch, run.batch = (progress[name] for name in ("step", "epoch", "batch"))
+            run._seconds, run._energies = progress["seconds"], progress["energies"]
+            run.rows, run.backend = progress["rows"], progress["backend"]
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(path, f"is no training run ({error!r})", "give one written by pc-run train") from None
+        return run
+
+
+def load_weights(net: PCNetwork, checkpoint: Checkpoint, path: Path) -> None:
+    """Fill the network with a checkpoint's weights. Raises CheckpointError where they do not fit."""
+    try:
+        net.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(path, f"does not fit this network ({reason})", "check --data and --hidden") from None
+
+
+def check_same_config(path: Path, progress: dict[str, Any], config: TrainConfig) -> None:
+    """Raise CheckpointError unless the checkpoint was written with this configuration."""
+    there, here = progress.get("config"), config.identity()
+    if not isinstance(there, dict):
+        raise CheckpointError(path, "holds no training configuration", "give one written by pc-run train")
+    different = differences(there, here)
+    if different:
+        remedy = "resume with the same settings, or choose another --out"
+        raise CheckpointError(path, f"belongs to another run ({different})", remedy)
+
+
+def make_optimizer(name: str, net: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The class of torch.optim of that name on the network's parameters, fused where it can be."""
+    kind = getattr(torch.optim, name)
+    fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+    return kind(net.parameters(), lr=lr, **fused)
+
+
+def accuracy(net: PCNetwork, x: Tensor, y: Tensor, chunk: int = 4096) -> float:
+    """The part of (N, D) inputs whose largest feed-forward output is the class y (N,); 0 for none."""
+    with torch.no_grad():
+        right = [(net(a).argmax(1) == b).sum() for a, b in zip(x.split(chunk), y.split(chunk), strict=True)]
+    return int(sum(right)) / max(len(y), 1)
+
+
+def epochs(
+    run: Run,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    label: str = "",
+    progress: bool = False,
+) -> Iterator[Row]:
+    """Train to the configured number of epochs; yields each epoch's row, after the checkpoint with that row is on disk.
+
+    checkpoint: file to keep up to date at every epoch's end, every `checkpoint_every` batches, and when stopped.
+    stop: asked after every batch; True saves and raises Interrupted.
+    progress: a bar on stderr, if that is a terminal.
+    """
+    while run.epoch < run.config.epochs:
+        title = f"{label} epoch {run.epoch + 1}/{run.config.epochs}".strip()
+        with tqdm(
+            total=run.batches_per_epoch, initial=run.batch, desc=title, unit="batch", leave=False,
+            disable=None if progress else True,
+        ) as bar:  # fmt: skip
+            for energy in run.train_batches():
+                bar.update()
+                if energy is not None:
+                    bar.set_postfix_str(f"F {energy:.4g}", refresh=False)
+                stopped = stop()
+                due = checkpoint_every is not None and run.step % checkpoint_every == 0
+                if checkpoint is not None and (stopped or due):
+                    run.save(checkpoint)
+                if stopped:
+                    raise Interrupted(f"stopped at step {run.step}, epoch {run.epoch + 1}")
+        row = run.end_epoch()
+        if checkpoint is not None:
+            run.save(checkpoint)
+        yield row
+
+
+def train(
+    config: TrainConfig,
+    images: Images,
+    out: Path,
+    *,
+    resume: bool = False,
+    checkpoint_every: int | None = 500,
+    stop: Callable[[], bool] = lambda: False,
+    tensorboard: bool = False,
+    progress: bool = False,
+    report: Callable[[Row], None] = lambda row: None,
+) -> Run:
+    """Train with everything kept in `out`: `checkpoint.safetensors` and, a line per epoch, `metrics.jsonl`.
+
+    resume: continue from the checkpoint, as if never interrupted. report: called with each row as it comes.
+    tensorboard: also write the rows for TensorBoard. Others as in `epochs`.
+    Raises CheckpointError for a checkpoint that is in the way, missing, damaged or of another configuration.
+    """
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not resume:
+        raise CheckpointError(checkpoint, "is there already", "add --resume to continue it, or choose another --out")
+    if resume and not checkpoint.exists():
+        raise CheckpointError(checkpoint, "is not there", "leave --resume out to start, or check --out")
+    run = Run.resume(checkpoint, config, images) if resume else Run(config, images)
+    metrics = out / METRICS
+    with MetricsLog(metrics, run.step if resume else -1, tensorboard=tensorboard) as log:
+        logged = {row.get("epoch") for row in read_rows(metrics)}
+        for row in run.rows:  # a run killed between its checkpoint and its log
+            if row["epoch"] not in logged:
+                log.write(row)
+        for row in epochs(
+            run, checkpoint=checkpoint, checkpoint_every=checkpoint_every, stop=stop, progress=progress,
+            label=f"{config.model} {config.method}",
+        ):  # fmt: skip
+            log.write(row)
+            report(row)
+    return run
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C (SIGINT) only makes the yielded function return True; the second interrupts as usual."""
+    asked = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
