@@ -5,6 +5,7 @@
 // A row's result does not depend on the tile it is in: the products accumulate over the inputs in order, the kernels see one row.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +20,7 @@
 namespace pc {
 namespace {
 
-constexpr int64_t kTile = 32;   // samples: three 512-wide nodes with their errors then fit a 1 MiB second-level cache
+constexpr int64_t kTile = 32;  // samples: three 512-wide nodes with their errors then fit a 1 MiB second-level cache
 constexpr int64_t kAlign = 16;  // floats in a cache line
 
 // Row pitch: whole lines, and an odd number of them, so that the rows of a column spread over the sets of the cache.
@@ -65,44 +66,34 @@ class Tile {
   }
 
  private:
-  static constexpr int kFields = 8;  // of Node
-
   const LayerDesc& layer(int64_t l) const { return run_.layers[l]; }
   T* row(T* base, int64_t l, int64_t i) const { return base + i * nodes_[l].pitch; }
 
+  T* zeros(int64_t size) {
+    storage_.push_back(at::zeros({size}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value)));
+    return storage_.back().template data_ptr<T>();
+  }
+
   void allocate() {
-    int64_t size = 0;
-    const auto take = [&](int64_t n) {
-      size += n;
-      return size - n;
-    };
-    std::vector<int64_t> offsets;
     for (int64_t l = 0; l < run_.count; ++l) {
-      nodes_[l].pitch = pitch_of(layer(l).width);
-      for (int i = 0; i < kFields; ++i) offsets.push_back(take(kTile * nodes_[l].pitch));
-      widest_ = std::max(widest_, nodes_[l].pitch);
-    }
-    const int64_t x = take(kTile * layer(0).inputs);
-    const int64_t back = take(kTile * widest_);
-    const int64_t room = take(std::max(3 * widest_, kTile * (layer(0).inputs + kPanel)));
-    storage_ = at::empty({size + kAlign}, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
-    T* base = storage_.template data_ptr<T>();
-    std::memset(base, 0, sizeof(T) * size);
-    for (int64_t l = 0; l < run_.count; ++l) {
+      const LayerDesc& d = layer(l);
       Node<T>& node = nodes_[l];
-      T** fields[kFields] = {&node.a, &node.mu, &node.phi, &node.v, &node.delta, &node.g, &node.u, &node.last};
-      for (int i = 0; i < kFields; ++i) *fields[i] = base + offsets[kFields * l + i];
-      if (layer(l).activation == Activation::identity) node.mu = node.a;
-      if (layer(l).feed == static_cast<int>(Activation::identity) || layer(l).passes_target) node.v = node.phi;
-      if (run_.momentum == 0) node.u = nullptr;
-      if (!run_.bf16_delta) node.last = nullptr;
+      node.pitch = pitch_of(d.width);
+      widest_ = std::max(widest_, node.pitch);
+      const bool identity_feed = d.feed == static_cast<int>(Activation::identity) || d.passes_target;
+      const int64_t size = kTile * node.pitch;
+      for (T** field : {&node.a, &node.phi, &node.delta, &node.g}) *field = zeros(size);
+      node.mu = d.activation == Activation::identity ? node.a : zeros(size);
+      node.v = identity_feed ? node.phi : zeros(size);
+      node.u = run_.momentum == 0 ? nullptr : zeros(size);
+      node.last = run_.bf16_delta ? zeros(size) : nullptr;
     }
-    x_ = base + x;
-    back_ = base + back;
-    room_ = base + room;
+    x_ = zeros(kTile * layer(0).inputs);
+    back_ = zeros(kTile * widest_);
+    room_ = zeros(std::max(3 * widest_, kTile * (layer(0).inputs + kPanel)));
     flags_.resize(widest_);
-    if (run_.bf16_delta) half_ = at::empty({kTile * widest_}, at::TensorOptions().dtype(at::kBFloat16));
     frozen_.resize(kTile);
+    if (run_.bf16_delta) half_ = at::empty({kTile * widest_}, at::TensorOptions().dtype(at::kBFloat16));
   }
 
   // Forward initialisation of the nodes whose state is not given, and the errors at it.
@@ -365,7 +356,8 @@ class Tile {
   const InferDesc& run_;
   const std::vector<Weight<T>>& weights_;
   std::vector<Node<T>> nodes_;
-  at::Tensor storage_, half_;
+  std::vector<at::Tensor> storage_;
+  at::Tensor half_;
   std::vector<uint8_t> flags_, frozen_;
   T *x_ = nullptr, *back_ = nullptr, *room_ = nullptr;
   int64_t widest_ = 0, first_ = 0, samples_ = 0, rows_ = 0, last_recorded_ = 0;
