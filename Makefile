@@ -32,14 +32,17 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 # torch first, then the package against exactly that torch: an isolated build would fetch its own
-$(VENV)/.runtime: $(PY) $(SOURCES)
-	$(PIP) torch 'setuptools>=77' wheel ninja pybind11
+$(VENV)/.torch: $(PY) constraints.txt
+	$(PIP) torch 'setuptools>=77' wheel ninja 'pybind11>=2.13'
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation --editable '.[dev]'
-	@touch $@
+	@touch $@ $(VENV)/.runtime
 
 clean:
 	rm -rf build dist *.egg-info pc_kernels/_C*.so $(VENV)

@@ -40,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refused(arguments: list[str], capsys, *wanted: str, code: int = 2) -> None:
+def check_refused(arguments: list[str], capsys, *wanted: str, code: int = 2) -> None:
     """Exit code, one line on stderr with all of `wanted`, nothing on stdout, nothing written."""
     capsys.readouterr()
     before = files(Path())
@@ -104,7 +104,7 @@ CASES = [(c, option, value) for c, options in BAD.items() for option, values in 
 @pytest.mark.parametrize(("command", "option", "value"), CASES)
 def test_a_bad_option_is_one_line(command, option, value, capsys):
     Path("a-file").write_text("")
-    refused([*command.split(), f"{option}={value}"], capsys, option)
+    check_refused([*command.split(), f"{option}={value}"], capsys, option)
 
 
 @pytest.mark.parametrize("command", ["train", "reproduce fig3", "eval run"])
@@ -120,7 +120,7 @@ def test_bad_data_is_one_line(command, arguments, capsys, request):
     Path("a-file").write_text("")
     if command == "eval run":
         request.getfixturevalue("trained")
-    refused([*command.split(), *arguments], capsys)
+    check_refused([*command.split(), *arguments], capsys)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +146,15 @@ def test_bad_data_is_one_line(command, arguments, capsys, request):
 def test_other_bad_arguments_are_one_line(arguments, text, capsys):
     Path("a-file").write_text("")
     save_file({"a": torch.zeros(1)}, "other.safetensors")
-    refused(arguments, capsys, text)
+    check_refused(arguments, capsys, text)
 
 
 def test_a_run_that_is_in_the_way_is_left_alone(trained, capsys):
-    refused(["train", *TINY, "--out", "run"], capsys, "add --resume")
-    refused(["train", *TINY, "--out", "run", "--resume", "--theta-lr", "1"], capsys, "theta_lr 0.0001 there")
+    check_refused(["train", *TINY, "--out", "run"], capsys, "add --resume")
+    check_refused(["train", *TINY, "--out", "run", "--resume", "--theta-lr", "1"], capsys, "theta_lr 0.0001 there")
     (trained / "checkpoint.safetensors").write_bytes(b"no")
-    refused(["train", *TINY, "--out", "run", "--resume"], capsys, "checkpoint.safetensors")
-    refused(["eval", "run"], capsys, "checkpoint.safetensors")
+    check_refused(["train", *TINY, "--out", "run", "--resume"], capsys, "checkpoint.safetensors")
+    check_refused(["eval", "run"], capsys, "checkpoint.safetensors")
 
 
 @pytest.mark.parametrize(("name", "text"), [("turbo", "cpp"), ("cuda", "cannot run"), ("", "cpp")])

@@ -293,7 +293,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, capsys):
     assert error.startswith("pc-run train: stopped at step")
     assert error.rstrip().endswith("--resume")
     step = load_checkpoint(tmp_path / CHECKPOINT).progress["step"]
-    assert f"step {step}," in error
+    assert f"step {step} in epoch" in error
     check_equals_the_whole_run(tmp_path)
 
 

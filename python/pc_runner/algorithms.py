@@ -26,7 +26,7 @@ class Call(NamedTuple):
 
 
 def infer_pc(call: Call) -> Result:
-    """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`, SPEC section 1)."""
+    """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`)."""
     done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
     return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 DEFAULT_HIDDEN = (512, 512, 512)
-PROBS_LR_SCALE = 0.003  # a node lr of 3e-4 where phi's is 0.1 (SPEC section 2)
+PROBS_LR_SCALE = 0.003  # a node lr of 3e-4 where phi's is 0.1 (README, section 2)
 
 
 class ConfigError(ValueError):
@@ -73,7 +73,7 @@ OPTIMIZERS = tuple(
 def check_method(model: str, method: str) -> None:
     """Raise ConfigError unless the model has the method."""
     if model not in MODELS:
-        raise ConfigError("model", f"one of {', '.join(MODELS)}", repr(model), "see SPEC section 6")
+        raise ConfigError("model", f"one of {', '.join(MODELS)}", repr(model), "see pc-run train --help")
     valid = MODELS[model].methods
     if method not in valid:
         known = method in METHODS

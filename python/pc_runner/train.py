@@ -205,7 +205,8 @@ def epochs(
                 if checkpoint is not None and (stopped or due):
                     run.save(checkpoint)
                 if stopped:
-                    raise Interrupted(f"stopped at step {run.step}, epoch {run.epoch + 1}")
+                    saved = "" if checkpoint is None else f", saved to {checkpoint}"
+                    raise Interrupted(f"stopped at step {run.step} in epoch {run.epoch + 1}{saved}")
         row = run.end_epoch()
         if checkpoint is not None:
             run.save(checkpoint)
