@@ -41,7 +41,7 @@ def truth_of(case: Case) -> Truth:
     return Truth(
         deltas,
         grads,
-        [phi.detach().norm().item() for phi in phis] + [0.0],
+        [phi.detach().norm().item() for phi in phis] + [case.batch**0.5],  # the output's state is one-hot
         [relative(a, b) for a, b in zip(torch_deltas, deltas, strict=True)],
         [relative(a, b) for a, b in zip(torch_grads, grads, strict=True)],
     )
