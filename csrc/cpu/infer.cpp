@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The T-step engine on the CPU. Samples are independent given the weights, so a tile of samples goes through all layers and all
 // steps inside one thread, with its state in that core's cache; threads share the packed weights and never wait for each other.
-//
-// A row's result does not depend on the tile it is in: the products accumulate over the inputs in order, the kernels see one row.
+// A row's result does not depend on its tile: the products accumulate over the inputs in order, the kernels see one row.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -10,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../infer.h"
@@ -80,20 +80,23 @@ class Tile {
       Node<T>& node = nodes_[l];
       node.pitch = pitch_of(d.width);
       widest_ = std::max(widest_, node.pitch);
-      const bool identity_feed = d.feed == static_cast<int>(Activation::identity) || d.passes_target;
+      const bool own_mu = d.activation != Activation::identity, own_u = run_.momentum != 0, own_last = run_.bf16_delta;
+      const bool own_v = d.feed != static_cast<int>(Activation::identity) && !d.passes_target;
       const int64_t size = kTile * node.pitch;
-      for (T** field : {&node.a, &node.phi, &node.delta, &node.g}) *field = zeros(size);
-      node.mu = d.activation == Activation::identity ? node.a : zeros(size);
-      node.v = identity_feed ? node.phi : zeros(size);
-      node.u = run_.momentum == 0 ? nullptr : zeros(size);
-      node.last = run_.bf16_delta ? zeros(size) : nullptr;
+      T* next = zeros((4 + own_mu + own_v + own_u + own_last) * size);  // one allocation: small nets are made of these
+      const auto take = [&] { return std::exchange(next, next + size); };
+      for (T** field : {&node.a, &node.phi, &node.delta, &node.g}) *field = take();
+      node.mu = own_mu ? take() : node.a;
+      node.v = own_v ? take() : node.phi;
+      node.u = own_u ? take() : nullptr;
+      node.last = own_last ? take() : nullptr;
     }
     x_ = zeros(kTile * layer(0).inputs);
     back_ = zeros(kTile * widest_);
     room_ = zeros(std::max(3 * widest_, kTile * (layer(0).inputs + kPanel)));
     flags_.resize(widest_);
     frozen_.resize(kTile);
-    if (run_.bf16_delta) half_ = at::empty({kTile * widest_}, at::TensorOptions().dtype(at::kBFloat16));
+    half_ = at::empty({run_.bf16_delta ? kTile * widest_ : 0}, at::TensorOptions().dtype(at::kBFloat16));
   }
 
   // Forward initialisation of the nodes whose state is not given, and the errors at it.
@@ -344,8 +347,8 @@ class Tile {
   // Rows of the trace after an early stop repeat the last.
   void repeat_energies() {
     if (run_.energies == nullptr) return;
-    const int64_t plane = run_.count * run_.batch, last = last_recorded_;
-    for (int64_t t = last + 1; t <= run_.steps; ++t) {
+    const int64_t plane = run_.count * run_.batch;
+    for (int64_t last = last_recorded_, t = last + 1; t <= run_.steps; ++t) {
       for (int64_t l = 0; l < run_.count; ++l) {
         const double* from = run_.energies + last * plane + l * run_.batch + first_;
         std::copy(from, from + samples_, run_.energies + t * plane + l * run_.batch + first_);
@@ -360,7 +363,7 @@ class Tile {
   at::Tensor half_;
   std::vector<uint8_t> flags_, frozen_;
   T *x_ = nullptr, *back_ = nullptr, *room_ = nullptr;
-  int64_t widest_ = 0, first_ = 0, samples_ = 0, rows_ = 0, last_recorded_ = 0;
+  int64_t widest_ = 0, first_ = 0, samples_ = 0, rows_ = 0, last_recorded_ = 0;  // of the tile at hand, but for the first
   InferOutcome outcome_;
 };
 
