@@ -232,3 +232,6 @@ TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
 }
 
 TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { m.impl("infer", &pc::infer); }
+
+// Inference records no gradient; torch's stand-in for a missing derivative would cost a microsecond of every call.
+TORCH_LIBRARY_IMPL(pc_kernels_native, Autograd, m) { m.impl("infer", torch::CppFunction::makeFallthrough()); }

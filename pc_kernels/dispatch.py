@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -51,6 +52,7 @@ def requested() -> str:
     return name
 
 
+@cache
 def module(name: str) -> ModuleType:
     """The module behind a backend."""
     return import_module(_MODULES[name])

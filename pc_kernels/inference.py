@@ -110,13 +110,15 @@ def weight_grads(x: Tensor, layers: Sequence[Layer], result: Inference, reductio
     scale = 1.0 if reduction == "sum" else 1.0 / max(x.shape[0], 1)
     with torch.no_grad():
         values = [x, *(_value(l, layer, result) for l, layer in enumerate(listed[:-1]))]
+        biased = [layer.bias is not None for layer in listed]
+        weights, biases = torch.ops.pc_kernels.weight_grads(result.deltas, values, biased, scale)
         return [
             LayerGrads(
-                (delta.T @ v).mul_(scale),
-                None if layer.bias is None else delta.sum(0).mul_(scale),
-                None if layer.log_var is None else _log_var_grad(l, layer, v, result).mul_(scale),
+                weights[l],
+                biases[l] if biased[l] else None,
+                None if layer.log_var is None else _log_var_grad(l, layer, values[l], result).mul_(scale),
             )
-            for l, (layer, delta, v) in enumerate(zip(listed, result.deltas, values, strict=True))
+            for l, layer in enumerate(listed)
         ]
 
 

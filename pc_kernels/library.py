@@ -32,6 +32,7 @@ _SCHEMAS = (
     "str[] rules, float[] lr_scales, Tensor?[] log_vars, Tensor?[] phis, Tensor?[] masks, Tensor?[] holds, "
     "Tensor?[] noise, bool[] clamped, int steps, float lr, float momentum, float tol, str precision, bool trace) "
     "-> (Tensor[], Tensor[], Tensor, Tensor)",
+    "weight_grads(Tensor[] deltas, Tensor[] values, bool[] biased, float scale) -> (Tensor[], Tensor[])",
 )
 STATUS_SIZE = 5  # steps done, products done, backend, first diverged layer (0: none), its step (-1: not known)
 
@@ -58,6 +59,10 @@ def infer(x: Tensor, *rest: Any) -> Any:
     return torch.ops.pc_kernels.infer(x, *rest) if traced else _run_infer(x, *rest)
 
 
+def _run_weight_grads(deltas: Sequence[Tensor], *rest: Any) -> Any:
+    return dispatch.module(dispatch.choose("weight_grads", deltas[:1])).weight_grads(deltas, *rest)
+
+
 def _run_update(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> None:
     dispatch.module(dispatch.choose("update_phi_", mus[:1])).update_phi_(phis, mus, *rest)
 
@@ -77,6 +82,7 @@ _library.impl("layer_energies", partial(_run_on_nodes, "layer_energies"), "Compo
 _library.impl("layer_errors", partial(_run_on_nodes, "layer_errors"), "CompositeExplicitAutograd")
 _library.impl("update_phi_", _run_update, "CompositeExplicitAutograd")
 _library.impl("infer", _run_infer, "CompositeExplicitAutograd")
+_library.impl("weight_grads", _run_weight_grads, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +119,13 @@ def _(
     states = [x.new_empty(0 if held else shape) for shape, held in zip(shapes, clamped, strict=True)]
     rows = x.new_empty(steps + 1 if trace else 0, len(weights))
     return states, [x.new_empty(shape) for shape in shapes], rows, x.new_empty(STATUS_SIZE, dtype=torch.int64)
+
+
+@torch.library.register_fake("pc_kernels::weight_grads")
+def _(deltas, values, biased, scale):
+    weights = [delta.new_empty(delta.shape[1], v.shape[1]) for delta, v in zip(deltas, values, strict=True)]
+    widths = [delta.shape[1] if there else 0 for delta, there in zip(deltas, biased, strict=True)]
+    return weights, [delta.new_empty(width) for delta, width in zip(deltas, widths, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

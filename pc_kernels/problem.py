@@ -29,6 +29,7 @@ class Problem:
         self.x: Tensor = x
         self.layers = check_layers(x, layers)
         self.size = len(self.layers)
+        self._shapes = [(x.shape[0], layer.weight.shape[0]) for layer in self.layers]
         self.given = checks.per_node("phis", phis, self.size)
         self.clamped, self.holds = split_clamps("clamp", clamp, self.size)
         self._take_target(target)
@@ -36,9 +37,6 @@ class Problem:
         self._check_masks()
         self.phis = [self._check_state(l) for l in range(self.size)]
         self.noise = self._check_noise(noise)
-
-    def _shape(self, l: int) -> tuple[int, int]:
-        return self.x.shape[0], self.layers[l].weight.shape[0]
 
     def _take_target(self, target: Any) -> None:
         self._has_target = target is not None
@@ -50,10 +48,10 @@ class Problem:
         self.clamped[-1], self.given[-1] = True, target
 
     def _check_masks(self) -> None:
-        shapes = [
-            mask_shape(layer.energy, held, self._shape(l))
-            for l, (layer, held) in enumerate(zip(self.layers, self.clamped, strict=True))
-        ]
+        if not any(mask is not None for mask in (*self.masks, *self.holds)):
+            return  # most calls
+        nodes = zip(self.layers, self.clamped, self._shapes, strict=True)
+        shapes = [mask_shape(layer.energy, held, shape) for layer, held, shape in nodes]
         check_masks("masks", self.masks, shapes, self.x.device)
         check_masks("clamp", self.holds, shapes, self.x.device)
         for l, mask in enumerate(self.masks):
@@ -62,7 +60,7 @@ class Problem:
 
     def _check_state(self, l: int) -> Tensor | None:
         """Node l's given state or target as the op takes it."""
-        given, held, shape = self.given[l], self.clamped[l], self._shape(l)
+        given, held, shape = self.given[l], self.clamped[l], self._shapes[l]
         inner = l < self.size - 1
         name = "target" if self._has_target and not inner else f"phis[{l}]"
         if given is None:
@@ -89,6 +87,8 @@ class Problem:
 
     def _check_noise(self, noise: Any) -> list[Tensor | None]:
         """One noise tensor per node that feeds on its sample, None elsewhere."""
+        if noise is None and not any(layer.feed == "sample" for layer in self.layers):
+            return [None] * self.size  # most calls
         held = zip(self.layers[:-1], self.clamped, strict=False)
         sampled = [*(layer.feed == "sample" and not clamped for layer, clamped in held), False]
         if isinstance(noise, Tensor):
@@ -103,7 +103,7 @@ class Problem:
         return entries
 
     def _check_noise_entry(self, name: str, entry: Any, sampled: bool, l: int) -> None:
-        batch, width = self._shape(l)
+        batch, width = self._shapes[l]
         if sampled and entry is None:
             remedy = "the node feeds on its sample: draw it once, torch.randn(B, D // 2)"
             checks.fail(name, f"a tensor {(batch, width // 2)}", "None", remedy)

@@ -24,9 +24,10 @@ __all__ = [
     "supports",
     "unavailable_reason",
     "update_phi_",
+    "weight_grads",
 ]
 
-OPS = ("layer_energies", "layer_errors", "update_phi_", "infer")
+OPS = ("layer_energies", "layer_errors", "update_phi_", "infer", "weight_grads")
 _DTYPES = (torch.float32, torch.float64)
 _REMEDY = "build it against this torch: pip install --no-build-isolation ."
 
@@ -81,6 +82,8 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     elif op not in OPS:
         return f"{op} is not written for the CPU"
     given = [tensor for tensor in tensors if tensor is not None]
+    if len(given) == 1 and given[0].is_cpu and given[0].dtype in _DTYPES:
+        return None  # most calls
     away = next((tensor for tensor in given if tensor.device.type != "cpu"), None)
     if away is not None:
         return f"it runs on the CPU, and a tensor is on {away.device}"
@@ -124,3 +127,8 @@ def update_phi_(*args: Any) -> None:
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain in one call: (phis, deltas, trace, status)."""
     return _ops().infer(*args)
+
+
+def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """dW and db of every layer."""
+    return _ops().weight_grads(*args)

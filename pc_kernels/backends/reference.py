@@ -13,7 +13,7 @@ from pc_kernels.backends.reference_infer import infer
 from pc_kernels.node_math import movable, node_energy
 from pc_kernels.pc_math import ENERGY_TABLE, Energy
 
-__all__ = ["infer", "layer_energies", "layer_errors", "supports", "update_phi_"]
+__all__ = ["infer", "layer_energies", "layer_errors", "supports", "update_phi_", "weight_grads"]
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -110,3 +110,12 @@ def update_phi_(
             velocities[l].copy_(step if moves is None else torch.where(moves, step, velocities[l]))
         moved = family.project(phi - lr * lr_scales[l] * step)
         phi.copy_(moved if moves is None else torch.where(moves, moved, phi))
+
+
+def weight_grads(
+    deltas: Sequence[Tensor], values: Sequence[Tensor], biased: Sequence[bool], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """dW_l = scale * delta_l^T v_{l-1}, db_l = scale * sum delta_l (empty where there is no bias)."""
+    weights = [(delta.T @ v).mul_(scale) for delta, v in zip(deltas, values, strict=True)]
+    sums = zip(deltas, biased, strict=True)
+    return weights, [delta.sum(0).mul_(scale) if there else delta.new_empty(0) for delta, there in sums]
