@@ -94,6 +94,7 @@ BAD = {
         "--seeds": ("-1", "0,x", "1,1", ""),
         "--sweep-lrs": ("-0.1", "0.1,x", "0.1,0.1", ""),
         "--sweep": ("1", "yes", ""),
+        "--sweep-epochs": COUNTS,
     },
     "eval run": {"--threads": COUNTS, "--json": ("1", "x", "")},
     "info": {"--threads": COUNTS, "--json": ("1", "x", "")},

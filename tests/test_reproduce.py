@@ -139,6 +139,10 @@ def test_the_sweep_chooses_by_held_out_training_images(images, tmp_path):
     before = (tmp_path / "sweep.jsonl").read_bytes()
     run_fig3(wanted, images, tmp_path, progress=False)
     assert (tmp_path / "sweep.jsonl").read_bytes() == before
+    with pytest.raises(ConfigError, match="out"):  # a longer sweep chooses anew; rows trained at the first's rate stay
+        run_fig3(
+            replace(wanted, sweep_epochs=1, sweep_lrs=(0.2 if best == 0.1 else 0.1,)), images, tmp_path, progress=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -158,9 +162,10 @@ def test_the_phi_lr_given_beats_the_sweep_beats_the_default():
 
     def row(method: str, lr: float, accuracy: float | None, **other) -> dict:
         config = replace(wanted.config("m3", method, 0, lr), **other)
-        return {"phi_lr": lr, "accuracy": accuracy, "config": config.identity()}
+        return {"phi_lr": lr, "accuracy": accuracy, "epoch": 2, "config": config.identity()}
 
     sweep = [row("pc_f", 0.01, 0.6), row("pc_f", 0.3, 0.7), row("pc_f", 1.0, None), row("pc_f", 0.03, 0.9, steps=1)]
+    sweep.append({**row("pc_f", 0.1, 0.8), "epoch": 5})  # of a longer sweep
     assert phi_lrs(wanted, sweep) == {("m3", "bp"): 0.1, ("m3", "pc_f"): 0.3, ("m3", "pc_fkl"): 0.1}
     given = replace(wanted, phi_lr=0.02)
     assert phi_lrs(given, sweep) == {("m3", "bp"): 0.1, ("m3", "pc_f"): 0.02, ("m3", "pc_fkl"): 0.02}
@@ -197,6 +202,7 @@ def test_the_summary_covers_rows_of_earlier_commands(images, tmp_path):
         ({"models": ("m1",), "methods": ("pc_probs",)}, "methods"),
         ({"seeds": (0, -1)}, "seeds"),
         ({"sweep_lrs": (0.1, -0.1)}, "sweep_lrs"),
+        ({"sweep_epochs": 0}, "sweep_epochs"),
         ({"phi_lr": float("nan")}, "phi_lr"),
     ],
 )

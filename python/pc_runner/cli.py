@@ -241,11 +241,12 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument(
         "--phi-lr", type=real, metavar="LR", help="for all methods, if not the sweep's best, or 0.1 without one"
     )
-    parser.add_argument("--sweep", action="store_true", help="first try --sweep-lrs: 10,000 images, 2 epochs, seed 0")
+    parser.add_argument("--sweep", action="store_true", help="first try --sweep-lrs on 10,000 images with seed 0")
     lrs = reproduce.SWEEP_LRS
     parser.add_argument(
         "--sweep-lrs", type=several(real), metavar="LR,LR", default=lrs, help="phi learning rates to try"
     )
+    parser.add_argument("--sweep-epochs", type=whole, metavar="N", default=reproduce.SWEEP_EPOCHS, help="of each try")
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files")
     parser.add_argument(
         "--out", type=folder, metavar="DIR", default=Path("runs/fig3"), help="folder for rows and figure"
@@ -346,7 +347,8 @@ def reproduce_command(args: argparse.Namespace) -> int:
         remedy = "the paper's other experiments come with later versions"
         raise ValueError(f"argument TARGET: wanted fig3, got {args.target!r}; {remedy}")
     base = TrainConfig(**{**_settings(args), "phi_lr": reproduce.DEFAULT_PHI_LR})
-    wanted = reproduce.Fig3(base, args.models, args.methods, args.seeds, args.phi_lr, args.sweep, args.sweep_lrs)
+    sweep = (args.sweep, args.sweep_lrs, args.sweep_epochs)
+    wanted = reproduce.Fig3(base, args.models, args.methods, args.seeds, args.phi_lr, *sweep)
     images = load_images(base.data, args.data_dir, base.limit)
 
     def report(line: str) -> None:

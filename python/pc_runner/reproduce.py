@@ -43,6 +43,7 @@ class Fig3:
     phi_lr: float | None = None
     sweep: bool = False
     sweep_lrs: tuple[float, ...] = SWEEP_LRS
+    sweep_epochs: int = SWEEP_EPOCHS
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -59,6 +60,8 @@ class Fig3:
             raise ConfigError("seeds", "whole numbers >= 0", str(min(self.seeds)), "separate them by commas")
         if any(lr < 0 for lr in self.sweep_lrs):
             raise ConfigError("sweep_lrs", "numbers >= 0", str(min(self.sweep_lrs)), "separate them by commas")
+        if self.sweep_epochs < 1:
+            raise ConfigError("sweep_epochs", "a whole number >= 1", str(self.sweep_epochs), "2 is the default")
         if self.phi_lr is not None:
             replace(self.base, phi_lr=self.phi_lr)  # raises for a rate out of bounds
 
@@ -170,21 +173,22 @@ def phi_lrs(wanted: Fig3, sweep: Sequence[Row]) -> dict[tuple[str, str], float]:
 
 
 def _swept_as(wanted: Fig3, pair: tuple[str, str], row: Row) -> bool:
-    return row["config"] == wanted.config(*pair, seed=0, phi_lr=row["phi_lr"]).identity()
+    same = row["config"] == wanted.config(*pair, seed=0, phi_lr=row["phi_lr"]).identity()
+    return same and ("diverged" in row or row["epoch"] == wanted.sweep_epochs)
 
 
 def _run_sweep(
     wanted: Fig3, images: Images, out: Path, origin: Row, *, report: Callable[[str], None], **how: Any
 ) -> None:
-    """A row in `sweep.jsonl` per (model, method, phi lr): accuracy on held-out training images after two epochs."""
+    """A row in `sweep.jsonl` per (model, method, phi lr): accuracy on held-out training images after `sweep_epochs`."""
     part, chosen_on = sweep_images(images)
     done = read_rows(out / "sweep.jsonl")
     todo = [(pair, lr) for pair in wanted.pairs() if METHODS[pair[1]].algorithm != "bp" for lr in wanted.sweep_lrs]
     for number, (pair, lr) in enumerate(todo, 1):
         job = wanted.config(*pair, seed=0, phi_lr=lr)
-        if any(row["config"] == job.identity() for row in done):
+        if any(_swept_as(wanted, pair, row) and row["phi_lr"] == lr for row in done):
             continue
-        run = Run(replace(job, epochs=SWEEP_EPOCHS), part)
+        run = Run(replace(job, epochs=wanted.sweep_epochs), part)
         label = f"[sweep {number}/{len(todo)}] {job.model} {job.method} phi lr {lr:g}"
         try:
             *_, row = epochs(run, label=label, **how)
