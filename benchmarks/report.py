@@ -23,15 +23,28 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def link(path: Path) -> str:
+    """To a file of results."""
+    return f"[{path.name}](benchmarks/results/{path.name})"
+
+
+def accuracy_of(entry: dict[str, Any]) -> str:
+    """Mean of the seeds, and the lowest and highest."""
+    if entry["accuracy"] is None:
+        return "diverged"
+    spread = f" ({100 * entry['lowest']:.2f} to {100 * entry['highest']:.2f})" if entry["seeds"] > 1 else ""
+    return f"{100 * entry['accuracy']:.2f}{spread}"
+
+
 def accuracy_section(path: Path) -> str:
-    """A table of a `pc-run reproduce fig3` summary."""
+    """A table of a `pc-run reproduce fig3` summary, and its picture where there is one."""
     document = json.loads(path.read_text())
     note = f" ({document['note']})" if document["note"] else ""
     rows = [
         [
             entry["model"].upper(),
             entry["method"],
-            "diverged" if entry["accuracy"] is None else f"{100 * entry['accuracy']:.2f}",
+            accuracy_of(entry),
             "" if entry["points_from_bp"] is None else f"{entry['points_from_bp']:+.2f}",
             "" if entry["phi_lr"] is None else f"{entry['phi_lr']:g}",
             f"{entry['theta_lr']:g}",
@@ -42,10 +55,42 @@ def accuracy_section(path: Path) -> str:
     ]
     header = ["model", "method", "test accuracy %", "from BP", "phi lr", "theta lr", "epochs", "seeds"]
     source = f"`{document['command']}` on {document['machine']['cpu']}, {document['machine']['threads']} thread(s)."
-    return (
-        f"**{document['data']}{note}**, T = 32 ([{path.name}](benchmarks/results/{path.name}))\n\n{source}\n\n"
-        + markdown(header, rows)
+    picture = path.with_suffix(".png")
+    shown = f"\n\n![accuracy over epochs](benchmarks/results/{picture.name})" if picture.exists() else ""
+    return f"**{document['data']}{note}**, T = 32 ({link(path)})\n\n{source}\n\n{markdown(header, rows)}{shown}"
+
+
+def steps_section(paths: Sequence[Path]) -> str:
+    """Test accuracy over T, from one summary per T and learning rate."""
+    entries = [(entry, path) for path in paths for entry in json.loads(path.read_text())["summary"]]
+    entries.sort(key=lambda pair: (pair[0]["steps"], pair[0]["phi_lr"]))
+    rows = [
+        [str(entry["steps"]), f"{entry['phi_lr']:g}", accuracy_of(entry), str(entry["epochs"]), link(path)]
+        for entry, path in entries
+        if entry["method"] == "pc_fkl"
+    ]
+    title = "**How few steps do** (MNIST, M2, PC_FKL, seed 0; at T = 2 layer 1 is never reached and keeps its start)"
+    return f"{title}\n\n{markdown(['T', 'phi lr', 'test accuracy %', 'epochs', 'file'], rows)}"
+
+
+def training_section(path: Path) -> str:
+    """Median times of one whole training step."""
+    document = json.loads(path.read_text())
+    names = list(document["rows"][0]["seconds"])
+    rows = []
+    for row in document["rows"]:
+        medians = {name: statistics.median(row["seconds"][name]) for name in names}
+        parts = {name: statistics.median(seconds) for name, seconds in row["parts"].items()}
+        cells = [f"{medians[name] * 1e3:.2f} ({medians[name] / medians['BP']:.2f})" for name in names]
+        shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+        rows.append([row["case"]["name"], str(row["case"]["steps"]), *cells, shares])
+    machine = document["machine"]
+    head = (
+        "**A training step**: inference, weight gradients, fused Adam; median ms (times an eager backpropagation step) "
+        f"({link(path)})\n\n`{document['command']}` on {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}.\n\n"
     )
+    return head + markdown(["case", "T", *names, "of PC"], rows)
 
 
 def timing_section(path: Path) -> str:
@@ -66,7 +111,7 @@ def timing_section(path: Path) -> str:
     machine = document["machine"]
     head = (
         f"**Inference, T = 32**, median ms and speed over eager autograd with frozen weights "
-        f"([{path.name}](benchmarks/results/{path.name}))\n\n`{document['command']}` on {machine['cpu']}, "
+        f"({link(path)})\n\n`{document['command']}` on {machine['cpu']}, "
         f"{machine['threads']} threads, torch {machine['torch']}. Last column: `cpp fp32`'s share of the FMA "
         "peak measured in the same rounds.\n\n"
     )
@@ -76,7 +121,9 @@ def timing_section(path: Path) -> str:
 def figures() -> str:
     """The whole section."""
     parts = [accuracy_section(path) for path in sorted(RESULTS.glob("fig3_*.json"))]
+    parts += [steps_section(sorted(RESULTS.glob("steps_*.json")))]
     parts += [timing_section(path) for path in sorted(RESULTS.glob("cpu_infer*.json"))]
+    parts += [training_section(path) for path in sorted(RESULTS.glob("cpu_training_step*.json"))]
     return "\n\n".join(parts)
 
 
