@@ -22,23 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 CXX = os.environ.get("CXX", "g++")
 SANITIZERS = "-fsanitize=address,undefined"
-# -fno-sanitize=vptr: torch's type information is hidden from us
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-omit-frame-pointer"]
-FLAGS += [SANITIZERS, "-fno-sanitize=vptr", "-fno-math-errno", "-fno-trapping-math", "-DTORCH_EXTENSION_NAME=_C"]
-TESTS = ("engine", "infer", "layer_ops", "precision", "native", "energies", "activations", "bad_input")
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-fopenmp", "-fvisibility=hidden", SANITIZERS, "-fno-sanitize=vptr"]
+FLAGS += ["-DTORCH_EXTENSION_NAME=_C", "-DPC_KERNELS_VERSION=sanitized", f"-DPC_KERNELS_TORCH={torch.__version__}"]
+FLAGS += [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+NOUNS = "engine infer layer_ops precision native energies activations bad_input"
 
 
 def compile_one(source: Path) -> Path:
     """The object file, made anew if anything in csrc is newer."""
     out = BUILD / f"{source.stem}.o"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*"))
     if out.exists() and out.stat().st_mtime > newest:
         return out
-    defines = ["-DPC_KERNELS_VERSION=sanitized", f"-DPC_KERNELS_TORCH={torch.__version__}"]
-    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
-    command = [CXX, *FLAGS, *defines, *includes, "-c", str(source), "-o", str(out)]
     print("compiling", source.relative_to(ROOT), flush=True)
-    subprocess.run(command, check=True)
+    subprocess.run([CXX, *FLAGS, "-c", str(source), "-o", str(out)], check=True)
     return out
 
 
@@ -49,20 +46,16 @@ def build() -> None:
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "pc_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(
-            pool.map(compile_one, sorted((ROOT / "csrc").glob("*.cpp")) + sorted((ROOT / "csrc/cpu").glob("*.cpp")))
-        )
+        objects = list(pool.map(compile_one, sorted((ROOT / "csrc").rglob("*.cpp"))))
     libraries = Path(torch.__file__).parent / "lib"
-    names = ("c10", "torch", "torch_cpu", "torch_python")
-    link = [f"-L{libraries}", *(f"-l{name}" for name in names), SANITIZERS, "-fopenmp", "-shared"]
-    target = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([CXX, *map(str, objects), *link, "-o", str(target)], check=True)
+    link = [f"-L{libraries}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python", SANITIZERS, "-fopenmp", "-shared"]
+    link += ["-o", str(package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")]
+    subprocess.run([CXX, *map(str, objects), *link], check=True)
 
 
 def runtime(name: str) -> str:
     """The compiler's own copy of a sanitizer's library, which must be loaded before anything else."""
-    command = [CXX, f"-print-file-name={name}"]
-    return os.path.realpath(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    return os.path.realpath(subprocess.check_output([CXX, f"-print-file-name={name}"], text=True).strip())
 
 
 def main() -> int:
@@ -77,9 +70,9 @@ def main() -> int:
         "PYTHONSAFEPATH": "1",  # or the package in the current folder would come first
         "PYTHONMALLOC": "malloc",  # every block of its own, with guards
     }
-    tests = sys.argv[1:] or [f"tests/test_{name}.py" for name in TESTS]
-    # freed memory is kept back here to catch its use, so memory grows
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not memory_does_not_grow", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]  # findings go past Python
+    command += ["-k", "not memory_does_not_grow"]  # freed memory is kept back here to catch its use
+    command += sys.argv[1:] or [f"tests/test_{noun}.py" for noun in NOUNS.split()]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
