@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/.runtime
 	$(PY) -m pc_runner demo
@@ -23,6 +23,13 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.training_step
+	$(PY) -m pytest benchmarks/test_ops.py --benchmark-only --benchmark-max-time=0.3 \
+	  --benchmark-json=benchmarks/results/cpu_ops.json
+
+# the compiled backend under AddressSanitizer and UndefinedBehaviorSanitizer: ten minutes, so not in CI
+sanitize: $(VENV)/.dev
+	$(PY) tests/sanitize.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.cases import Case, Inputs
 
 
-def _energy(case: Case, inputs: Inputs, phis: list[Tensor]) -> Tensor:
+def energy(case: Case, inputs: Inputs, phis: list[Tensor]) -> Tensor:
     """F with the output clamped, from plain torch ops."""
     total = inputs.x.new_zeros(())
     below = inputs.x
@@ -45,7 +45,7 @@ def eager_autograd(case: Case, inputs: Inputs, weight_gradients: bool) -> list[T
     optimizer = torch.optim.SGD(phis, lr=case.lr)
     for _ in range(case.steps):
         optimizer.zero_grad()
-        _energy(case, inputs, phis).backward()
+        energy(case, inputs, phis).backward()
         optimizer.step()
     return phis
 
@@ -59,7 +59,7 @@ def deltas_and_grads(case: Case, inputs: Inputs, phis: list[Tensor]) -> tuple[li
         handle = module.register_forward_hook(lambda m, i, out: (out.retain_grad(), pre.append(out))[-1])
         hooks.append(handle.remove)
         module.weight.grad = None
-    _energy(case, inputs, [phi.detach() for phi in phis]).backward()
+    energy(case, inputs, [phi.detach() for phi in phis]).backward()
     for remove in hooks:
         remove()
     return [a.grad for a in pre if a.grad is not None], [m.weight.grad.clone() for m in inputs.modules]  # type: ignore[union-attr]

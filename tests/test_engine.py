@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import cycle, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -94,16 +94,22 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm on this system")
-def test_memory_does_not_grow() -> None:
-    layers = network((20, 40, 30, 5))
-    jobs = [batch(size, 20, 5) for size in range(1, 40)]  # every tail there is: few micro-kernels, whatever the batch
-    for x, y in jobs * 3:
-        run(x, y, layers, steps=2)
-    before = resident()
-    for x, y in jobs * 60:
-        run(x, y, layers, steps=2)
-    grown = (resident() - before) / 2**20
-    assert grown < 4, f"{grown:.1f} MiB more after 2,340 calls"
+def test_memory_does_not_grow_in_10000_calls(one_thread: None) -> None:
+    networks = [network(widths) for widths in ((3, 4, 2), (20, 40, 30, 5), (9, 70, 3))]
+    jobs = [
+        (*batch(size, layers[0].weight.shape[1], layers[-1].weight.shape[0]), layers, steps)
+        for layers, size, steps in product(networks, range(1, 9), (1, 2))
+    ]
+
+    def call(times: int) -> int:
+        """Resident bytes after that many calls."""
+        for _, (x, y, layers, steps) in zip(range(times), cycle(jobs), strict=False):
+            run(x, y, layers, steps=steps, trace=steps == 2)
+        return resident()
+
+    before = call(2000)  # micro-kernels made, allocators filled
+    grown = call(10_000) - before
+    assert grown < 2**20, f"{grown / 2**20:.1f} MiB more after 10,000 calls: {grown / 10_000:.0f} bytes a call"
 
 
 def need_bf16(precision: str) -> None:
