@@ -32,9 +32,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-def truth_of(case: Case) -> Truth:
+def truth_of(case: Case, device: str = "cpu") -> Truth:
     """One float64 and one float32 inference by autograd."""
-    exact, plain = make(case, torch.float64), make(case)
+    exact, plain = make(case, torch.float64, device), make(case, device=device)
     phis = eager_autograd(case, exact, weight_gradients=False)
     deltas, grads = deltas_and_grads(case, exact, phis)
     torch_deltas, torch_grads = deltas_and_grads(case, plain, eager_autograd(case, plain, weight_gradients=False))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The cases as data. Networks are fully connected, tanh hidden nodes, Gaussian energies, torch.nn.Linear's
-initialisation."""
+"""The cases as data. Networks are fully connected, tanh hidden nodes with Gaussian energies (and at most one that holds
+logits), torch.nn.Linear's initialisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import pc_kernels as pck
 
 @dataclass(frozen=True)
 class Case:
-    """One network at one batch size. `output`: "gaussian" (tanh, target one-hot: M1) or "categorical" (softmax: M2)."""
+    """One network at one batch size. `output`: "gaussian" (tanh, target one-hot: M1) or "categorical" (softmax: M2).
+
+    softmax: the hidden node, counted from 1, that is categorical (M3: 2); 0: none.
+    """
 
     name: str
     widths: tuple[int, ...]
@@ -22,6 +25,7 @@ class Case:
     output: str = "gaussian"
     steps: int = 32
     lr: float = 0.1
+    softmax: int = 0
 
     @property
     def flops(self) -> int:
@@ -46,20 +50,21 @@ class Inputs:
     modules: list[torch.nn.Linear]
 
 
-def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
-    """The same numbers every time, whatever the dtype."""
+def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+    """The same numbers every time, whatever the dtype and device."""
     torch.manual_seed(0)
     modules = [torch.nn.Linear(a, b) for a, b in zip(case.widths, case.widths[1:], strict=False)]
     x = torch.rand(case.batch, case.widths[0])
-    labels = torch.randint(0, case.widths[-1], (case.batch,))
+    labels = torch.randint(0, case.widths[-1], (case.batch,)).to(device)
     categorical = case.output == "categorical"
     target = labels if categorical else torch.nn.functional.one_hot(labels, case.widths[-1]).to(dtype)
     layers = []
     for l, module in enumerate(modules):
-        last = l == len(modules) - 1
-        activation, energy = ("identity", "categorical") if last and categorical else ("tanh", "gaussian")
-        layers.append(pck.Layer(module.weight.detach().to(dtype), module.bias.detach().to(dtype), activation, energy))
-    return Inputs(x.to(dtype), target, layers, [m.to(dtype) for m in modules])
+        logits = (categorical and l == len(modules) - 1) or l + 1 == case.softmax
+        activation, energy = ("identity", "categorical") if logits else ("tanh", "gaussian")
+        module.to(device, dtype)
+        layers.append(pck.Layer(module.weight.detach(), module.bias.detach(), activation, energy))
+    return Inputs(x.to(device, dtype), target, layers, modules)
 
 
 M1 = (784, 512, 512, 512, 10)

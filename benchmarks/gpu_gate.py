@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""`python -m benchmarks.gpu_gate --out DIR`: everything that only a GPU can prove, in one command of ten minutes.
+
+Builds the extension in place, runs the tests marked `gpu`, runs compute-sanitizer over a small case of every kernel,
+then times inference and a training step against what there is to beat. One JSON, written after every row, so that a
+time limit loses nothing; a table at the end. `--dry-run` goes the same way without a GPU at sizes that mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pc_kernels as pck
+from benchmarks import gpu_infer
+from benchmarks.gpu_training import training_rows
+
+ROOT = Path(__file__).parents[1]
+STEPS = ("build", "tests", "sanitizer", "benchmark", "training")
+TEST_PROCESSES = 8  # the time goes into compiling kernels, on the CPU
+TEST_SECONDS = 240
+SANITIZERS = ("memcheck", "racecheck")
+
+
+class Report:
+    """The JSON on disk, always whole."""
+
+    def __init__(self, path: Path, head: dict[str, Any]):
+        self.path, self.document = path, head
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, value: Any) -> None:
+        """Set a part and write all."""
+        self.document[name] = value
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.document, indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def shell(command: Sequence[str], seconds: float, **environment: str) -> dict[str, Any]:
+    """A command's exit code (None: it ran out of time), duration and the end of what it printed."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **environment}, timeout=seconds, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        code, text = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        out = late.stdout or b""
+        code, text = None, out.decode(errors="replace") if isinstance(out, bytes) else out
+    except OSError as error:
+        code, text = 127, str(error)
+    return {"rc": code, "seconds": round(time.perf_counter() - start, 1), "tail": text[-3000:]}
+
+
+def where() -> dict[str, Any]:
+    """Device, driver, versions, commit."""
+    smi = shell(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"], 20)
+    git = shell(["git", "rev-parse", "HEAD"], 20)
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = ""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": smi["tail"].strip() if smi["rc"] == 0 else "",
+        "cpu": os.uname().machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "triton": version,
+        "python": sys.version.split()[0],
+        "commit": git["tail"].strip() if git["rc"] == 0 else "",
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps
+
+
+def build() -> dict[str, Any]:
+    """The extension in place, by ninja."""
+    return shell([sys.executable, "setup.py", "build_ext", "--inplace"], 400)
+
+
+def tests() -> dict[str, Any]:
+    """The tests marked `gpu`, a process per file."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+
+    def run(path: Path) -> tuple[str, dict[str, Any]]:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=line", "-p", "no:cacheprovider", str(path)]
+        return path.name, shell(command, TEST_SECONDS, PYTHONPATH=f"python{os.pathsep}.")
+
+    with ThreadPoolExecutor(TEST_PROCESSES) as pool:
+        found = {name: counted(result) for name, result in pool.map(run, files)}
+    return {name: result for name, result in found.items() if result["rc"] != 5}  # 5: no test of that file is marked
+
+
+def counted(result: dict[str, Any]) -> dict[str, Any]:
+    """pytest's verdicts counted, also of a run that was cut short."""
+    verdicts = {name: len(re.findall(rf" {name.upper()}\b", result["tail"])) for name in ("passed", "failed", "error")}
+    summary = re.findall(
+        r"(\d+) (passed|failed|error|skipped)", result["tail"].splitlines()[-1] if result["tail"] else ""
+    )
+    return {**result, **verdicts, **{name: int(count) for count, name in summary}}
+
+
+def sanitizer() -> dict[str, Any]:
+    """compute-sanitizer over a small case of every kernel, or the machine's refusal."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        return {"refused": "compute-sanitizer is not installed"}
+    command = [sys.executable, "-m", "benchmarks.gpu_small"]
+    environment = {"PYTHONPATH": f"python{os.pathsep}.", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    shell(command, 200, **environment)  # compiles the kernels outside the tool
+    return {
+        name: shell([tool, "--tool", name, "--error-exitcode", "9", *command], 150, **environment)
+        for name in SANITIZERS
+    }
+
+
+def benchmark(report: Report, dry: bool, rounds: int, repeats: int, only: str) -> None:
+    """A row per case."""
+    device, rows = "cpu" if dry else "cuda", []
+    for case in gpu_infer.cases(dry):
+        if only in case.name:
+            rows.append(gpu_infer.measure(case, device, rounds, repeats))
+            report.put("rows", rows)
+            print(table(rows[-1]), flush=True)
+
+
+def training(report: Report, dry: bool, rounds: int, repeats: int) -> None:
+    """PC's training step beside backpropagation's."""
+    rows: list[Any] = []
+    for row in training_rows(dry, rounds, repeats):
+        rows.append(row)
+        report.put("training", rows)
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in row["seconds"].items()}
+        print(row["case"]["name"], ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()), flush=True)
+
+
+def table(row: dict[str, Any]) -> str:
+    """A case as text: fastest first, with the ratios to the two baselines; then what failed."""
+    medians = {name: statistics.median(seconds) for name, seconds in row["seconds"].items()}
+    graph, eager = medians["closed form fp32, graph"], medians["eager autograd"]
+    lines = [row["case"]["name"]]
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        low, high = min(row["seconds"][name]), max(row["seconds"][name])
+        rate = row["flops"] / median * 1e-12
+        lines.append(
+            f"  {name:34s} {median * 1e3:8.3f} ms ({low * 1e3:.3f} to {high * 1e3:.3f})  {rate:7.2f} TF/s"
+            f"  {graph / median:6.2f}x graph  {eager / median:7.2f}x eager"
+        )
+    failed = {name: found for name, found in row["accuracy"].items() if not found["passes"]}
+    lines += [f"  {name}: {found.get('error', 'not accurate enough')}" for name, found in failed.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The exit code says whether everything asked for was right."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_gate", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_gate.json")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of each method in a round")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: Triton's interpreter, tiny sizes")
+    args = parser.parse_args()
+    wanted = args.steps.split(",")
+    if not set(wanted) <= set(STEPS):
+        parser.error(f"--steps: wanted some of {','.join(STEPS)}, got {args.steps}")
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; --dry-run goes the same way without one")
+    command = " ".join(["python -m benchmarks.gpu_gate", *sys.argv[1:]])
+    report = Report(args.out / "gpu_gate.json", {"command": command, "machine": where(), "dry_run": args.dry_run})
+    outside: dict[str, Callable[[], dict[str, Any]]] = {"build": build, "tests": tests, "sanitizer": sanitizer}
+    for name, run in outside.items():
+        if name in wanted and not args.dry_run:
+            report.put(name, run())
+            print(name, json.dumps(report.document[name])[:2000], flush=True)
+    report.put("build_info", pck.build_info())
+    if "benchmark" in wanted:
+        benchmark(report, args.dry_run, args.rounds, args.repeats, args.only)
+    if "training" in wanted:
+        training(report, args.dry_run, args.rounds, args.repeats)
+    return 0 if good(report.document) else 1
+
+
+def good(document: dict[str, Any]) -> bool:
+    """Nothing that ran was wrong. A sanitizer that was refused or tests cut short are on record, but not wrong."""
+    steps = [document.get("build", {"rc": 0}), *document.get("tests", {}).values()]
+    found = [entry for row in document.get("rows", []) for entry in row["accuracy"].values()]
+    return all(step["rc"] in (0, None) for step in steps) and all(
+        entry["passes"] and entry.get("bitwise_equal") for entry in found
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

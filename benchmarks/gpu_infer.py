@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MIT
+"""Rows of the GPU benchmark: inference of one case by all methods, side by side in one process.
+
+Every kernel of ours is compared with float64 first, per layer on delta and dW, and run twice for equal bits; what fails
+is not timed. A dry run does the same on the CPU, Triton in its interpreter, at sizes that mean nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+import pc_kernels as pck
+from benchmarks.accuracy import Truth, errors, truth_of, within_rule
+from benchmarks.baselines import ClosedForm, eager_autograd
+from benchmarks.cases import CIFAR, M1, Case, Inputs, make
+from pc_kernels import dispatch
+from pc_kernels.library import infer_task
+
+BATCHES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+PRECISIONS = ("bf16_delta", "fp32", "tf32", "bf16")  # compiling kernels takes the time: the last two on M1, M2 only
+COMPILED = (256, 1024)  # torch.compile takes minutes: two sizes of the first network
+Timer = Callable[[int], list[float]]
+
+
+def cases(dry: bool) -> list[Case]:
+    """M1, M2 and M3 over the batch sizes; the CIFAR10 network at two of them."""
+    if dry:
+        return [Case("dry M3 B=3", (7, 12, 9, 5), 3, "categorical", 2, softmax=2)]
+    found = [Case(f"M{n} B={b}", M1, b, output, softmax=at) for n, output, at in NETWORKS for b in BATCHES]
+    return found + [Case(f"M2 3072 B={b}", CIFAR, b, "categorical") for b in (64, 256)]
+
+
+NETWORKS = ((1, "gaussian", 0), (2, "categorical", 0), (3, "categorical", 2))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way for our kernels to run a case."""
+
+    backend: str
+    precision: str
+    schedule: str = ""  # of Triton
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.backend, self.precision, self.schedule) if part)
+
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        """`pck.infer` inside takes this way."""
+        with ExitStack() as stack:
+            stack.enter_context(pck.use_backend(self.backend))
+            if self.schedule:
+                from pc_kernels.backends.triton_launches import use_schedule
+
+                stack.enter_context(use_schedule(self.schedule))
+            yield
+
+
+def variants(device: str, precisions: Sequence[str] = ("bf16_delta", "fp32")) -> list[Variant]:
+    """All that can run here."""
+    found = []
+    for precision in precisions:
+        found += [Variant("triton", precision, schedule) for schedule in ("two launches a step", "persistent")]
+        found.append(Variant("cuda", precision))
+    probe = torch.zeros(1, 1, device=device)
+    able = []
+    for variant in found:
+        with pck.use_backend(variant.backend):
+            if dispatch.reason(variant.backend, infer_task(variant.precision, -1.0), [probe]) is None:
+                able.append(variant)
+    return able
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# correctness
+
+
+def infer(case: Case, inputs: Inputs, precision: str) -> pck.Inference:
+    """The call that is measured."""
+    return pck.infer(
+        inputs.x, inputs.layers, target=inputs.target, steps=case.steps, lr=case.lr, precision=precision
+    )  # fmt: skip
+
+
+def gate(case: Case, inputs: Inputs, variant: Variant, truth: Truth, plain: dict[str, Any]) -> dict[str, Any]:
+    """Errors per layer, whether they are within the rule, whether two runs give the same bits."""
+    with variant.chosen():
+        found: dict[str, Any] = errors(case, inputs, variant.precision, truth)
+        runs = [infer(case, inputs, variant.precision) for _ in range(2)]  # by now they replay a CUDA graph
+    found["passes"] = within_rule(found, plain[variant.precision], truth)
+    one, other = (torch.cat([delta.flatten() for delta in run.deltas]) for run in runs)
+    found["bitwise_equal"] = torch.equal(one, other)
+    found["products"], found["lower_bound"] = runs[0].work
+    return found
+
+
+def plain_errors(case: Case, inputs: Inputs, truth: Truth) -> dict[str, Any]:
+    """What plain torch makes of the case in each precision (the reference rounds the operands)."""
+    found: dict[str, Any] = {"fp32": {"delta": truth.torch_deltas, "dW": truth.torch_grads}}
+    with pck.use_backend("reference"):
+        for precision in ("tf32", "bf16", "bf16_delta"):
+            found[precision] = errors(case, inputs, precision, truth)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timing
+
+
+def timer_of(run: Callable[[], Any], device: str) -> Timer:
+    """Seconds of single calls after one to warm up: by CUDA events on a GPU."""
+    run()
+
+    def by_clock(n: int) -> list[float]:
+        times = [time.perf_counter()]
+        for _ in range(n):
+            run()
+            times.append(time.perf_counter())
+        return [b - a for a, b in pairwise(times)]
+
+    def by_events(n: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        events[0].record()
+        for event in events[1:]:
+            run()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) * 1e-3 for a, b in pairwise(events)]
+
+    return by_events if device == "cuda" else by_clock
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Whether torch's own float32 products may use tensor cores."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def closed_form(case: Case, inputs: Inputs, operands: torch.dtype, allow_tf32: bool, device: str) -> Callable[[], Any]:
+    """All T moves from torch's ops, captured in one CUDA graph on a GPU."""
+    form = ClosedForm(case, inputs, operands)
+    if device != "cuda":
+        return form.run
+    graph = torch.cuda.CUDAGraph()
+    with tf32(allow_tf32):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            form.run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            form.run()
+    return graph.replay
+
+
+def compiled(case: Case, inputs: Inputs) -> Callable[[], Any]:
+    """The closed form's step by torch.compile, in its own CUDA graphs."""
+    form = ClosedForm(case, inputs)
+    step = torch.compile(form.step, mode="reduce-overhead")
+
+    def run() -> None:
+        form.start()
+        for _ in range(case.steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            step()
+
+    return run
+
+
+def baselines(case: Case, inputs: Inputs, device: str) -> dict[str, Callable[[], Any]]:
+    """What there is to beat."""
+    found: dict[str, Callable[[], Any]] = {
+        "eager autograd": lambda: eager_autograd(case, inputs, weight_gradients=False),
+        "closed form fp32, graph": closed_form(case, inputs, torch.float32, False, device),
+        "closed form tf32, graph": closed_form(case, inputs, torch.float32, True, device),
+        "closed form bf16, graph": closed_form(case, inputs, torch.bfloat16, False, device),
+    }
+    if device == "cuda" and case.widths == M1 and case.output == "gaussian" and case.batch in COMPILED:
+        found["torch.compile"] = compiled(case, inputs)
+    return found
+
+
+def measure(case: Case, device: str, rounds: int, repeats: int) -> dict[str, Any]:
+    """One case's row: accuracy of each variant, seconds of each method in interleaved rounds."""
+    inputs, truth = make(case, device=device), truth_of(case, device)
+    plain = plain_errors(case, inputs, truth)
+    accuracy: dict[str, Any] = {}
+    timers = {name: timer_of(run, device) for name, run in baselines(case, inputs, device).items()}
+    for variant in variants(device, PRECISIONS if case.widths == M1 and not case.softmax else PRECISIONS[:2]):
+        try:
+            accuracy[variant.name] = gate(case, inputs, variant, truth, plain)
+        except (RuntimeError, ValueError) as error:  # a kernel that does not run is a finding, not the end of the gate
+            accuracy[variant.name] = {"passes": False, "error": str(error)[:500]}
+        if accuracy[variant.name]["passes"]:
+            timers[variant.name] = timer_of(lambda v=variant: _run(case, inputs, v), device)
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name] += timer(repeats)
+    return {"case": asdict(case), "flops": case.flops, "accuracy": accuracy, "seconds": seconds}
+
+
+def _run(case: Case, inputs: Inputs, variant: Variant) -> None:
+    with variant.chosen():
+        infer(case, inputs, variant.precision)

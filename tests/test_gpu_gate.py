@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""The GPU gate as far as it goes without a GPU: a dry run in Triton's interpreter, and the baselines that it times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pc_kernels as pck
+from benchmarks import gpu_gate, gpu_infer
+from benchmarks.accuracy import errors, relative, truth_of
+from benchmarks.baselines import ClosedForm
+from benchmarks.cases import Case, make
+
+ROOT = Path(__file__).parents[1]
+WIDTHS = (12, 16, 15, 14, 5)
+MODELS = (("gaussian", 0), ("categorical", 0), ("categorical", 2))
+
+
+@pytest.mark.parametrize(("output", "softmax"), MODELS)
+def test_the_closed_form_is_the_same_inference(output: str, softmax: int) -> None:
+    case = Case("", WIDTHS, 9, output, steps=6, softmax=softmax)
+    with torch.no_grad():
+        form = ClosedForm(case, make(case, torch.float64), torch.float64)
+        form.run()
+    for mine, truth in zip(form.deltas, truth_of(case).deltas, strict=True):
+        assert relative(mine, truth) < 1e-11
+
+
+@pytest.mark.parametrize(("output", "softmax"), MODELS)
+def test_the_kernels_case_is_the_same_inference(output: str, softmax: int) -> None:
+    case = Case("", WIDTHS, 9, output, steps=6, softmax=softmax)
+    with pck.use_backend("reference"):
+        found = errors(case, make(case, torch.float64), "fp32", truth_of(case))
+    assert max(*found["delta"], *found["dW"]) < 1e-11
+
+
+def test_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    settings = ["--dry-run", "--rounds", "1", "--repeats", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_gate", *settings],
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "gpu_gate.json").read_text())
+    assert document["dry_run"]
+    assert [row["case"]["name"] for row in document["rows"]] == [case.name for case in gpu_infer.cases(dry=True)]
+    for row in document["rows"]:
+        assert {v.name for v in gpu_infer.variants("cpu")} <= set(row["accuracy"]) <= set(row["seconds"])
+        assert all(entry["products"] == entry["lower_bound"] for entry in row["accuracy"].values())
+        assert f"{row['case']['name']}\n" in done.stdout
+    assert {"BP", "PC triton fp32 persistent"} <= set(document["training"][0]["seconds"])
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "benchmarks.gpu_gate", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_hangs_is_on_record() -> None:
+    found = gpu_gate.shell([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 2)
+    assert found["rc"] is None
+    assert "begun" in found["tail"]
+    assert gpu_gate.shell(["no-such-command-here"], 2)["rc"] == 127
+
+
+def test_verdicts() -> None:
+    tail = "a.py::x PASSED\na.py::y FAILED\n"
+    assert {"passed": 1, "failed": 1, "error": 0}.items() <= gpu_gate.counted({"rc": None, "tail": tail}).items()
+    whole = tail + "== 3 failed, 20 passed, 1 skipped in 3s =="
+    assert {"passed": 20, "failed": 3, "skipped": 1}.items() <= gpu_gate.counted({"rc": 1, "tail": whole}).items()
+
+
+WRONG = [
+    {"build": {"rc": 1}},
+    {"tests": {"test_a.py": {"rc": 1}}},
+    {"rows": [{"accuracy": {"k": {"passes": False}}}]},
+    {"rows": [{"accuracy": {"k": {"passes": True, "bitwise_equal": False}}}]},
+]
+
+
+@pytest.mark.parametrize("document", WRONG)
+def test_what_is_wrong_fails_the_gate(document: dict) -> None:
+    assert not gpu_gate.good(document)
+    right = {
+        "build": {"rc": 0},
+        "tests": {"a": {"rc": None}},
+        "rows": [{"accuracy": {"k": {"passes": True, "bitwise_equal": True}}}],
+    }
+    assert gpu_gate.good(right)
+    assert gpu_gate.good({})
