@@ -7,6 +7,7 @@ The choice is made when an op runs, not when it is traced, so `use_backend` also
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,11 @@ from pc_kernels.errors import BackendUnavailable
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
 ENVIRONMENT = "PC_KERNELS_BACKEND"
 
-_MODULES = {"cpp": "pc_kernels.backends.native", "reference": "pc_kernels.backends.reference"}
+_MODULES = {
+    "triton": "pc_kernels.backends.triton_backend",
+    "cpp": "pc_kernels.backends.native",
+    "reference": "pc_kernels.backends.reference",
+}
 _requested: ContextVar[str | None] = ContextVar("pc_kernels_backend", default=None)
 
 
@@ -76,6 +81,23 @@ def choose(op: str, tensors: Sequence[Tensor]) -> str:
             )
         return name
     return next(candidate for candidate in BACKENDS if reason(candidate, op, tensors) is None)
+
+
+def clear_plans() -> None:
+    """Release what backends keep from call to call: the Triton plans of `infer` (workspaces and CUDA graphs).
+
+    Later calls build them anew. Results already returned stay valid.
+    """
+    loaded = sys.modules.get("pc_kernels.backends.triton_plan")  # where no plan was made, nothing is imported for it
+    if loaded is not None:
+        loaded.clear_plans()
+
+
+def chosen(op: str, tensors: Sequence[Tensor]) -> str | None:
+    """As `choose`, but None where it would raise."""
+    wanted = requested()
+    names = BACKENDS if wanted == "auto" else (wanted,)
+    return next((name for name in names if reason(name, op, tensors) is None), None)
 
 
 def account(op: str, tensors: Sequence[Tensor]) -> str:

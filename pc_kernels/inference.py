@@ -158,7 +158,7 @@ def explain(
 ) -> str:
     """Which backend and schedule `infer` would use for these arguments, and why the others would not. Runs nothing."""
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
-    _check_settings(x, steps, lr, momentum, tol, precision, trace)
+    limit = _check_settings(x, steps, lr, momentum, tol, precision, trace)
     free, source = problem.sources()
     bound, full = lower_bound(free, source, steps), len(free) + 2 * (len(free) - 1) * steps
     widths = "-".join(str(w) for w in [x.shape[1], *(layer.weight.shape[0] for layer in layers)])
@@ -167,10 +167,13 @@ def explain(
     else:
         schedule = f"all layers move at once, {steps} steps; {bound} matrix products ({full} without the light cone)"
     products = "float64" if x.dtype == torch.float64 else precision
-    return "\n".join(
-        [
-            dispatch.account(library.infer_task(precision), [x]),
-            f"network: {widths}, batch {x.shape[0]}, products in {products}",
-            f"schedule: {schedule}",
-        ]
-    )
+    arguments = (*problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace)
+    task, telling = library.infer_task(precision, limit), library.telling_of(arguments)
+    lines = [
+        dispatch.account(task, telling),
+        f"network: {widths}, batch {x.shape[0]}, products in {products}",
+        f"schedule: {schedule}",
+    ]
+    if dispatch.chosen(task, telling) == "triton":
+        lines.append(dispatch.module("triton").explain_infer(*arguments))
+    return "\n".join(lines)

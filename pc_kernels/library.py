@@ -41,16 +41,27 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def infer_task(precision: str) -> str:
-    """What `infer` asks of a backend: one that runs it in float32 may not have every precision."""
-    return "infer" if precision == "fp32" else f"infer in {precision}"
+def infer_task(precision: str, tol: float) -> str:
+    """What `infer` asks of a backend: one that runs it in float32 may lack a precision, or `tol` (< 0: none)."""
+    task = "infer" if precision == "fp32" else f"infer in {precision}"
+    return task if tol < 0 else f"{task} with tol"
+
+
+def telling_of(arguments: Sequence[Any]) -> list[Tensor]:
+    """What a backend is asked about of `infer`'s arguments: x, which tells dtype and device, and for each node that
+    needs whole rows (softmax, gaussian_full) its transposed weight, whose last dimension is the row's width."""
+    x, weights, _, activations, energies, feeds = arguments[:6]
+    rows = zip(weights, activations, energies, feeds, strict=True)
+    whole = ("categorical", "gaussian_full")
+    return [x, *(w.T for w, act, energy, feed in rows if energy in whole or "softmax" in (act, feed))]
 
 
 # One tensor tells a backend dtype and device: the public functions have checked that the others are like it.
 
 
 def _run_infer(x: Tensor, *rest: Any) -> Any:
-    return dispatch.module(dispatch.choose(infer_task(rest[-2]), [x])).infer(x, *rest)
+    tol, precision = rest[-3:-1]
+    return dispatch.module(dispatch.choose(infer_task(precision, tol), telling_of((x, *rest)))).infer(x, *rest)
 
 
 def infer(x: Tensor, *rest: Any) -> Any:

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pc_kernels as pck
 
-ALL_BACKENDS = ("reference", "cpp", "triton", "cuda")
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ALL_BACKENDS = ("reference", "cpp", "cuda", "triton")
 DEVICES = {"cuda": "cuda", "triton": "cuda"}  # elsewhere the CPU
 
 
@@ -28,7 +33,12 @@ def _one_step(tensor: Tensor) -> None:
 
 
 def runs(backend: str, probe: Callable[[Tensor], None]) -> bool:
-    """Whether the backend accepts the smallest float32 problem on the device it is made for."""
+    """Whether the backend accepts the smallest float32 problem on the device it is made for.
+
+    Triton only on a GPU: its interpreter is too slow for every test; test_triton_*.py use it.
+    """
+    if backend == "triton" and not torch.cuda.is_available():
+        return False
     try:
         with pck.use_backend(backend):
             probe(torch.zeros(2, 2, device=_device(backend)))
@@ -41,18 +51,23 @@ LAYER_BACKENDS = tuple(name for name in ALL_BACKENDS if runs(name, _one_layer))
 INFER_BACKENDS = tuple(name for name in ALL_BACKENDS if runs(name, _one_step))
 
 
+def _parameters(backends: tuple[str, ...]) -> list:
+    """Those that run on a GPU carry the marker `gpu`."""
+    return [pytest.param(name, marks=pytest.mark.gpu) if _device(name) == "cuda" else name for name in backends]
+
+
 def _inside(backend: str) -> Iterator[str]:
     with pck.use_backend(backend), torch.device(_device(backend)):
         yield backend
 
 
-@pytest.fixture(params=LAYER_BACKENDS)
+@pytest.fixture(params=_parameters(LAYER_BACKENDS))
 def layer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend that has the layer ops, on that backend's device."""
     yield from _inside(request.param)
 
 
-@pytest.fixture(params=INFER_BACKENDS)
+@pytest.fixture(params=_parameters(INFER_BACKENDS))
 def infer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend that has `infer`, on that backend's device."""
     yield from _inside(request.param)
@@ -77,6 +92,15 @@ def poison() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(strict)
+
+
+@pytest.fixture
+def triton_interpreter() -> Iterator[None]:
+    """Runs the test on the backend triton; without a GPU in the interpreter, on CPU tensors."""
+    pytest.importorskip("triton")
+    device = _device("triton")
+    with pck.use_backend("triton"), torch.device(device), np.errstate(all="ignore"):  # a GPU does not warn either
+        yield
 
 
 @pytest.fixture

@@ -76,13 +76,15 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     why = unavailable_reason()
     if why is not None:
         return why
+    op = op.removesuffix(" with tol")
     if op == "infer in bf16_delta":
         if not torch.ops.pc_kernels_native.has_bf16():
             return "this CPU has no AVX512_BF16"
     elif op not in OPS:
         return f"{op} is not written for the CPU"
     given = [tensor for tensor in tensors if tensor is not None]
-    if len(given) == 1 and given[0].is_cpu and given[0].dtype in _DTYPES:
+    first = given[0] if given else None
+    if first is not None and first.dtype in _DTYPES and all(t.is_cpu and t.dtype == first.dtype for t in given):
         return None  # most calls
     away = next((tensor for tensor in given if tensor.device.type != "cpu"), None)
     if away is not None:

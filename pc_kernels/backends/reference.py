@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from pc_kernels.backends.reference_infer import infer
+from pc_kernels.backends.reference_linear_softmax import linear_softmax_errors
 from pc_kernels.node_math import movable, node_energy
 from pc_kernels.pc_math import ENERGY_TABLE, Energy
 
-__all__ = ["infer", "layer_energies", "layer_errors", "supports", "update_phi_", "weight_grads"]
+__all__ = [
+    "infer", "layer_energies", "layer_errors", "linear_softmax_errors", "supports", "update_phi_", "weight_grads",
+]  # fmt: skip
 
 
 def supports(op: str, tensors: Sequence[Tensor]) -> str | None:
