@@ -118,12 +118,43 @@ def timing_section(path: Path) -> str:
     return head + markdown(["case", *names, "of peak"], rows)
 
 
+def resources_section(path: Path) -> str:
+    """What the GPU kernels take when compiled for chips that are not here."""
+    document = json.loads(path.read_text())
+    targets = dict.fromkeys(kernel["target"] for kernel in document["kernels"])
+    chips = [
+        [
+            target,
+            str(len(of)),
+            str(max(kernel["registers"] for kernel in of)),
+            f"{max(kernel['shared'] for kernel in of) / 1024:.0f} KiB",
+            str(sum(kernel["local"] > 0 for kernel in of)),
+        ]
+        for target in targets
+        if (of := [kernel for kernel in document["kernels"] if kernel["target"] == target])
+    ]
+    keys = ("launches", "grid_barriers", "gflop", "mib_read", "mib_written", "workspace_mib")
+    runs = [
+        [entry["model"], str(entry["batch"]), entry["schedule"], *(str(entry[key]) for key in keys)]
+        for entry in document["schedules"]
+        if entry["precision"] == "bf16_delta" and entry["batch"] in (64, 256, 4096) and entry["model"] != "M2"
+    ]
+    head = (
+        f"**Triton kernels, {document['note']}** ({link(path)})\n\n`{document['command']}`, Triton "
+        f"{document['machine']['triton']}; {document['networks']}, T = {document['steps']}, `bf16_delta`.\n\n"
+    )
+    first = markdown(["compiled for", "kernels", "most registers", "most shared memory", "that use the stack"], chips)
+    names = ["launches", "grid barriers", "GFLOP", "MiB read by tiles", "MiB written", "workspace MiB"]
+    return head + first + "\n\n" + markdown(["network", "B", "schedule", *names], runs)
+
+
 def figures() -> str:
     """The whole section."""
     parts = [accuracy_section(path) for path in sorted(RESULTS.glob("fig3_*.json"))]
     parts += [steps_section(sorted(RESULTS.glob("steps_*.json")))]
     parts += [timing_section(path) for path in sorted(RESULTS.glob("cpu_infer*.json"))]
     parts += [training_section(path) for path in sorted(RESULTS.glob("cpu_training_step*.json"))]
+    parts += [resources_section(path) for path in sorted(RESULTS.glob("triton_resources*.json"))]
     return "\n\n".join(parts)
 
 

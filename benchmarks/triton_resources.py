@@ -18,9 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
+from benchmarks.run import machine
 from pc_kernels.backends import triton_infer_table as table
 from pc_kernels.backends import triton_launches as launches
 from pc_kernels.backends.triton_infer_call import Call
@@ -226,8 +226,7 @@ def main() -> None:
     result = {
         "command": "python -m benchmarks.triton_resources",
         "note": NOTE,
-        "triton": triton.__version__,
-        "torch": torch.__version__,
+        "machine": {**machine(), "triton": triton.__version__},
         "steps": STEPS,
         "networks": "784-512-512-512-10, output clamped; kernels: M2's tiles, M3's rows",
         "schedules": schedules(),

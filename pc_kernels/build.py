@@ -6,13 +6,15 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pc_kernels.backends import native
+from pc_kernels.backends import native, triton_backend
+
+UNPROVED = ("triton",)  # no GPU has run them; benchmarks.gpu_gate would
 
 
 def build_info() -> dict[str, Any]:
-    """version, backends (compiled or pure Python, usable here), cuda_architectures, compiler, torch it was built
-    for, and, when
-    the compiled part cannot be used, why (`native_error`)."""
+    """version, backends (compiled or pure Python, usable here or on a GPU), those of them that no GPU has run yet,
+    cuda_architectures, compiler, torch it was built for; when the compiled part or Triton cannot be used, why
+    (`native_error`, `triton_error`)."""
     try:
         own = version("pc-kernels")
     except PackageNotFoundError:
@@ -24,9 +26,13 @@ def build_info() -> dict[str, Any]:
         "compiler": None,
         "torch": None,
         "native_error": native.unavailable_reason(),
+        "triton_error": triton_backend.unavailable_reason(),
     }
     if info["native_error"] is None:
         built = native.build_info()
         info |= {key: built[key] for key in ("cuda_architectures", "compiler", "torch")}
         info["backends"] = [*built["backends"], "reference"]
+    if info["triton_error"] is None:
+        info["backends"] = ["triton", *info["backends"]]
+    info["not_yet_run_on_hardware"] = [name for name in info["backends"] if name in UNPROVED]
     return info
