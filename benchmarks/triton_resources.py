@@ -83,6 +83,7 @@ def kernel(described: Call, phase: str, hip: bool = False) -> Any:
     layout, launch = Layout(described), described.choice.launch
     by_rows = phase.endswith("rows")
     shape = f"rows of {layout.row_block}" if by_rows else "{}x{}x{}".format(*launch[:3])
+    warps = layout.row_warps if by_rows else launch.warps
     return _compiler().Kernel(
         "pc_kernels.backends.triton_infer_phases",
         "infer_kernel",
@@ -91,9 +92,10 @@ def kernel(described: Call, phase: str, hip: bool = False) -> Any:
             "PHASE": PHASES[phase].value, "BM": launch.block_m, "BN": launch.block_n, "BK": launch.block_k,
             "ROWS": layout.rows, "ROW_BLOCK": layout.row_block, "FORM": layout.form,
         },
-        warps=layout.row_warps if by_rows else launch.warps,
+        warps=warps,
         stages=launches.HIP_STAGES if hip else launch.stages,
         aligned=("work", "table", "stages", "energies", "signals"),
+        options={} if hip else {"maxnreg": launches.registers(warps)},
         label=f"{described.precision} {phase} {shape}",
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ __all__ = [
 
 INFER = ("infer", "infer in tf32", "infer in bf16", "infer in bf16_delta")
 OPS = ("layer_energies", "layer_errors", "linear_softmax_errors", "update_phi_", "weight_grads", *INFER)
-WIDEST_ROW = 8192  # of a softmax in `infer`, in one program; twice as long spills
+WIDEST_ROW = 4096  # of a softmax in `infer`, in one program; twice as long spills
 OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16)
 _REMEDY = "pip install 'triton>=3.6'"

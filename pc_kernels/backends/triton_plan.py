@@ -59,6 +59,7 @@ class Plan:
     def __init__(self, layout: Layout, device: torch.device, keeps: bool):
         self.layout, self.device, self._keeps = layout, device, keeps
         self.lock = Lock()
+        self._nvidia = not INTERPRETED and torch.version.hip is None
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self.work = torch.zeros(layout.size, dtype=torch.float32, device=device)
@@ -156,12 +157,14 @@ class Plan:
         layout, call = self.layout, self.layout.call
         launch = call.choice.launch
         by_rows = phase in (START_ROWS, UPDATE_ROWS_PHASE, PREDICT_ROWS_PHASE)
+        warps = layout.row_warps if by_rows else launch.warps
+        options = {"maxnreg": triton_launches.registers(warps)} if self._nvidia else {}
         infer_kernel[(items,)](
             self.work, self._table, self._stages, self._energies, self.signals,
             call.batch, call.size, layout.parts, step, layout.moving_steps, len(layout.stages), layer,
             PHASE=phase.value, BM=launch.block_m, BN=launch.block_n, BK=launch.block_k,
             ROWS=layout.rows, ROW_BLOCK=layout.row_block, FORM=layout.form,
-            num_warps=layout.row_warps if by_rows else launch.warps, num_stages=launch.stages,
+            num_warps=warps, num_stages=launch.stages, **options,
             **({"launch_cooperative_grid": True} if phase is ALL else {}),
         )  # fmt: skip
 
