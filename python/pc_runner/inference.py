@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import pc_kernels as pck
 
 if TYPE_CHECKING:
-    from pc_runner.network import PCNode
+    from pc_runner.node import PCNode
+    from pc_runner.settle import Settled
 
 MEAN_MAPS = {"categorical": "softmax", "bernoulli": "sigmoid"}  # families that hold logits: what their nodes pass on
 
@@ -164,7 +165,7 @@ def make_layer(link: Link, node: PCNode, output: bool) -> pck.Layer:
 class Result:
     """What `PCNetwork.infer` returns; hand it to `PCNetwork.backward`.
 
-    phis: L tensors (B, D_l), the final states (a clamped node: the target as given).
+    phis: L tensors (B, ...), the final states (a clamped node: the target as given), in the order of `names`.
     energy: (steps + 1, L), the batch mean of every E_l in nats before each move and after the last; (1, L) for "bp";
     None with trace=False.
     """
@@ -173,25 +174,36 @@ class Result:
     energy: Tensor | None
     algorithm: str
     owner: nn.Module = field(repr=False)
-    x: Tensor = field(repr=False)  # (B, D_0), flattened
-    layers: list[pck.Layer] = field(repr=False)
-    inference: pck.Inference | None = field(default=None, repr=False)  # of "pc"
+    x: Tensor | None = field(default=None, repr=False)  # (B, D_0), flattened, of a chain
+    layers: list[pck.Layer] = field(default_factory=list, repr=False)  # of a chain
+    inference: pck.Inference | None = field(default=None, repr=False)  # of a chain's "pc"
     loss: Tensor | None = field(default=None, repr=False)  # of "bp": batch mean of the output's energy, with its graph
+    names: list[str] = field(default_factory=list)  # of the nodes, as in `phis`
+    settled: Settled | None = field(default=None, repr=False)  # of a module with nodes
+    learn: Callable[[], None] | None = field(default=None, repr=False)  # what `backward` runs there
+    path: str = field(default="autograd", repr=False)
 
     @property
     def steps(self) -> int:
         """Moves done."""
+        if self.settled is not None:
+            return self.settled.steps
         return 0 if self.inference is None else self.inference.steps
 
     @property
-    def work(self) -> pck.WorkCount:
-        """Matrix products done, and the least possible; for "bp" those of the forward pass."""
+    def work(self) -> pck.WorkCount | None:
+        """Matrix products done, and the least possible; for a chain's "bp" those of the forward pass.
+
+        None where autograd's tape ran, which nobody counts here.
+        """
+        if self.settled is not None:
+            return self.settled.work
         return pck.WorkCount(len(self.layers), len(self.layers)) if self.inference is None else self.inference.work
 
     @property
     def backend(self) -> str:
-        """The backend of `pc_kernels` that ran; "autograd" for "bp"."""
-        return "autograd" if self.inference is None else self.inference.backend
+        """The backend of `pc_kernels` that ran a chain; "traced" or "taped" for any other module, "autograd" for "bp"."""
+        return self.path if self.inference is None else self.inference.backend
 
     def check(self) -> None:
         """Raise InferenceDiverged if a state became non-finite (`infer` did so itself, except while compiling)."""
