@@ -172,14 +172,18 @@ def mask_of(module: Body, name: str) -> Tensor | None:
     return None if name == "output" else module.pc[name].mask
 
 
-def look(module: Body, x: Tensor, y: Tensor | None, phis: dict[str, Tensor]) -> Look:
-    """F at the given states; a state that is not given is its prediction."""
+def look(
+    module: Body, x: Tensor, y: Tensor | None, phis: dict[str, Tensor], errors: dict[str, Tensor] | None = None
+) -> Look:
+    """F at the given states; a state that is not given is its prediction, or, with errors e, mu + e (0 to begin)."""
     found = Look()
 
     def meet(name: str, mu: Tensor) -> Tensor:
         family = module.output if name == "output" else module.families[name]
         held = name == "output" and y is not None
         phi = y if held else phis.get(name, mu.detach().clone().requires_grad_())
+        if errors is not None and not held:
+            phi = mu + errors.setdefault(name, torch.zeros_like(mu).detach().requires_grad_())
         target = F.one_hot(phi, mu.shape[-1]).to(mu) if held and not phi.is_floating_point() else phi
         mask = mask_of(module, name)
         found.mus[name], found.phis[name] = mu, phi

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pc_runner.chains import ModuleChain, find_chain
 from pc_runner.node import PCNode
 from pc_runner.tracing import Fixed, NotTraceable, Step, trace_step
 from pc_runner.walk import Program, State, same_draws
@@ -120,6 +121,14 @@ class Traces:
 
     def __init__(self) -> None:
         self._steps: dict[Any, Step | NotTraceable] = {}
+        self._chain: tuple[Any, ModuleChain] | None = None
+
+    def chain(self, program: Program) -> ModuleChain:
+        """`find_chain`, again only when the module has changed."""
+        key = [(id(module), _settings(module)) for module in program.module.modules()]
+        if self._chain is None or self._chain[0] != key:
+            self._chain = key, find_chain(program)
+        return self._chain[1]
 
     def find(self, program: Program, states: Sequence[State], fixed: Fixed) -> Step | NotTraceable:
         """The step, or why there is none."""
@@ -158,9 +167,9 @@ def _key(program: Program, states: Sequence[State], fixed: Fixed) -> Any:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """A module's own attributes that are numbers, names or tensors (by identity)."""
-    return tuple(
-        (name, id(value) if isinstance(value, Tensor) else value)
+    """A module's own attributes: numbers and names by value, tensors and functions by identity."""
+    return type(module), *(
+        (name, value if value is None or isinstance(value, (bool, int, float, str)) else id(value))
         for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str, Tensor)) or value is None
+        if value is None or isinstance(value, (bool, int, float, str, Tensor)) or callable(value)
     )

@@ -257,7 +257,7 @@ def infer_epc(task: Task) -> Result:
     run.note(found)
     check_finite(nodes, run.rows)
     done = done if run.done is None else int(run.done)
-    settled = Settled(done, finish_trace(run.rows, done, moves.trace))
+    settled = Settled(done, finish_trace(run.rows, done, moves))
     return _result(task, "epc", settled, "taped", lambda: learn_here(task))
 
 
@@ -300,8 +300,9 @@ def _move_errors(
 ) -> None:  # fmt: skip
     """e <- e - lr u, u <- m u + g, all nodes at once; a frozen sample's g and u are 0."""
     if active is not None:
-        for values in (grads, speeds or []):
-            torch._foreach_mul_(values, [active.view(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in grads][: len(values)])
+        going = [active.view(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in grads]
+        for values in (grads,) if speeds is None else (grads, speeds):
+            torch._foreach_mul_(values, going)
     if adam is not None:
         adam.step(nodes, errors_now, grads, moves)
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain
-from pc_runner.chains import ModuleChain, find_chain, sequential_program
+from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
 from pc_runner.methods import METHODS, UNIT_LR, Task, find_step, start
@@ -175,7 +175,7 @@ class PCNetwork(nn.Module):
 
     def _find_chain(self) -> ModuleChain:
         program = self._program()
-        return ModuleChain(False, [], "its code is traced anew") if self._sequential else find_chain(program)
+        return ModuleChain(False, [], "its code is traced anew") if self._sequential else self._traces.chain(program)
 
     def _chain_call(self, x: Any, y: Any, masks: Any, settings: dict[str, Any], algorithm: str) -> Call | None:
         """The call of `pck.infer` that this is, or None."""

@@ -255,7 +255,7 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
         run.note(Errors(nodes.energies(phis, engine.mus(moving)), [], []))
     done = steps if run.done is None else int(run.done)
     check_finite(nodes, run.rows)
-    return Settled(done, finish_trace(run.rows, done, moves.trace), engine.products)
+    return Settled(done, finish_trace(run.rows, done, moves), engine.products)
 
 
 def _spread(feedback: Sequence[Tensor | None], nodes: Nodes) -> list[Tensor | None]:
@@ -266,9 +266,9 @@ def _spread(feedback: Sequence[Tensor | None], nodes: Nodes) -> list[Tensor | No
     return spread
 
 
-def finish_trace(rows: Sequence[Tensor], steps: int, trace: bool) -> Tensor | None:
-    """(steps + 1, L); a converged inference repeats its last row no further."""
-    return torch.stack([*rows[:steps], rows[-1]]) if trace else None
+def finish_trace(rows: Sequence[Tensor], done: int, moves: Moves) -> Tensor | None:
+    """(moves.steps + 1, L): the rows before each of the moves done, then the last, as often as nothing moved."""
+    return torch.stack([*rows[:done], *[rows[-1]] * (moves.steps + 1 - done)]) if moves.trace else None
 
 
 def check_finite(nodes: Nodes, rows: Sequence[Tensor]) -> None:

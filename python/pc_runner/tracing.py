@@ -28,6 +28,7 @@ PRODUCTS: dict[Any, int] = {  # matrix products and convolutions in one call of 
     _aten.bmm.default: 1,
     _aten.baddbmm.default: 1,
     _aten.convolution.default: 1,
+    _aten._trilinear.default: 1,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
     _aten._scaled_dot_product_efficient_attention.default: 2,
