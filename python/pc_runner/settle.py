@@ -67,36 +67,37 @@ class Errors(NamedTuple):
 
 
 class Nodes:
-    """The nodes of one inference as the operators of pc_kernels take them."""
+    """The nodes of one inference as the operators of pc_kernels take them.
+
+    `energies` goes through `pck.layer_energies` and with it through all checks. The loop then calls the operators that
+    the public functions call: these look at values (class indices, masks), which would wait for the device every time.
+    """
 
     def __init__(self, states: Sequence[State], seed: int = 0):
         self.states = list(states)
         self.seed = seed  # of the samples of Eq. 8
         self.families = [s.node.energy if isinstance(s.node.energy, str) else "" for s in states]
         self.log_vars = [s.node.log_var.detach() if s.node.log_var is not None else None for s in states]
-        self.clamped = [True if s.held else s.hold for s in states]
+        self.masks = [s.mask for s in states]
         self.own = [l for l, s in enumerate(states) if not isinstance(s.node.energy, Pair)]
         self.pairs = [l for l, s in enumerate(states) if isinstance(s.node.energy, Pair)]
         self.free = [l for l, s in enumerate(states) if s.free]
+        self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
+        self.scales = [float(states[l].node.lr_scale) for l in self.free]
 
     def phis(self) -> list[Tensor]:
         return [state.phi for state in self.states]
 
-    def _pick(self, values: Sequence[Any], at: Sequence[int]) -> list[Any]:
-        return [values[l] for l in at]
-
-    def _options(self, at: Sequence[int], clamped: Sequence[Any]) -> dict[str, Any]:
-        masks = [self.states[l].mask for l in at]
-        return {"log_vars": self._pick(self.log_vars, at), "masks": masks, "clamped": self._pick(clamped, at)}
-
     def errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
         """Energies and their gradients: one launch, and autograd for pairs of torch.distributions."""
-        energies, by_phi, by_mu = [None] * len(phis), [None] * len(phis), [None] * len(phis)
-        out: tuple[list[Any], list[Any], list[Any]] = (energies, by_phi, by_mu)
+        rows, by_phi, by_mu = ([None] * len(phis) for _ in range(3))
+        out: tuple[list[Any], list[Any], list[Any]] = (rows, by_phi, by_mu)
         if self.own:
-            found = pck.layer_errors(
-                self._pick(phis, self.own), self._pick(mus, self.own), self._pick(self.families, self.own),
-                **self._options(self.own, self.clamped),
+            states = [self.states[l] for l in self.own]
+            found = torch.ops.pc_kernels.layer_errors(
+                _at(phis, self.own), _at(mus, self.own), _at(self.families, self.own),
+                [log_var for log_var in _at(self.log_vars, self.own) if log_var is not None],
+                _at(self.masks, self.own), [s.hold for s in states], [s.held for s in states],
             )  # fmt: skip
             if not self.pairs:
                 return Errors(*found)
@@ -107,14 +108,15 @@ class Nodes:
         return Errors(torch.stack(out[0]), out[1], out[2])
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
-        """(L, B), differentiable with respect to mus and log_vars."""
+        """(L, B), differentiable with respect to mus and log_vars. Checks everything."""
         rows: list[Any] = [None] * len(phis)
         if self.own:
-            options = self._options(self.own, self.clamped)
-            options["log_vars"] = self._pick(self.log_vars if log_vars is None else log_vars, self.own)
+            clamped = [True if s.held else s.hold for s in self.states]
             found = pck.layer_energies(
-                self._pick(phis, self.own), self._pick(mus, self.own), self._pick(self.families, self.own), **options
-            )
+                _at(phis, self.own), _at(mus, self.own), _at(self.families, self.own),
+                log_vars=_at(self.log_vars if log_vars is None else log_vars, self.own),
+                masks=_at(self.masks, self.own), clamped=_at(clamped, self.own),
+            )  # fmt: skip
             if not self.pairs:
                 return found
             for place, l in enumerate(self.own):
@@ -134,23 +136,19 @@ class Nodes:
             if self.states[l].free:
                 families[l], mus[l] = "gaussian", phis[l].clone()
                 back[l] = errors.grad_phi[l] if back[l] is None else errors.grad_phi[l] + back[l]  # type: ignore[operator]
-        clamped = self.clamped if frozen is None else self.freeze(frozen)
         at = self.free
-        speeds = None if velocities is None else self._pick(velocities, at)
-        pck.update_phi_(
-            self._pick(phis, at), self._pick(mus, at), self._pick(back, at), self._pick(families, at),
-            lr=moves.lr, momentum=moves.momentum, velocities=speeds,
-            step_rules=["natural" if self.states[l].node.natural else "euclidean" for l in at],
-            lr_scales=[self.states[l].node.lr_scale for l in at], **self._options(at, clamped),
-        )  # fmt: skip
+        speeds = [] if velocities is None else _at(velocities, at)
+        holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
+        if at:
+            torch.ops.pc_kernels.update_phi_(
+                _at(phis, at), _at(mus, at), _at(back, at), _at(families, at), self.rules, moves.lr, moves.momentum,
+                speeds, self.scales, _at(self.log_vars, at), _at(self.masks, at), _at(holds, at),
+            )  # fmt: skip
 
-    def freeze(self, frozen: Tensor) -> list[Any]:
-        """`clamped` with the frozen samples held, too."""
-        entries: list[Any] = []
-        for state, entry in zip(self.states, self.clamped, strict=True):
-            rows = frozen.view(-1, *[1] * (state.mu.ndim - 1))
-            entries.append(True if entry is True else rows if entry is None else rows | entry)
-        return entries
+    def freeze(self, frozen: Tensor) -> list[Tensor]:
+        """Per node what must not move: held entries, and the frozen samples."""
+        rows = [frozen.view(-1, *[1] * (state.mu.ndim - 1)) for state in self.states]
+        return [row if s.hold is None else row | s.hold for row, s in zip(rows, self.states, strict=True)]
 
     def euclidean(self, phis: Sequence[Tensor], errors: Errors, feedback: Sequence[Tensor | None]) -> list[Tensor]:
         """g = dE/dphi + feed'^T dF/dv of every free node, zero where it is held or masked."""
@@ -164,6 +162,10 @@ class Nodes:
             still = _still(state, g)
             found.append(g if still is None else g.masked_fill(still, 0.0))
         return found
+
+
+def _at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [values[l] for l in places]
 
 
 def _still(state: State, like: Tensor) -> Tensor | None:

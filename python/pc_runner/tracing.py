@@ -228,7 +228,8 @@ def _extract(
     out = []
     for node in results:
         copy = copies[node]
-        out.append(part.call_function(_aten.clone.default, (copy,)) if node in fresh and _is_view(node) else copy)
+        shared = node in fresh and _base(node) in inputs
+        out.append(part.call_function(_aten.clone.default, (copy,)) if shared else copy)
     part.output(tuple(out))
     return fx.GraphModule(owned if owned is not None else torch.nn.Module(), part)
 
@@ -244,9 +245,11 @@ def _needed_for(results: Sequence[fx.Node], inputs: set[fx.Node]) -> set[fx.Node
     return found
 
 
-def _is_view(node: fx.Node) -> bool:
-    """Whether the value may share memory with what it was made from."""
-    if node.op == "placeholder":
-        return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(entry.alias_info is not None for entry in schema.returns)
+def _base(node: fx.Node) -> fx.Node:
+    """What a chain of views looks at."""
+    while node.op == "call_function" and node.all_input_nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and not any(entry.alias_info is not None for entry in schema.returns):
+            return node
+        node = node.all_input_nodes[0]
+    return node
