@@ -34,24 +34,46 @@ def infer_pc(call: Call) -> Result:
     return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done, names=names)
 
 
-def backward_pc(result: Result) -> None:
-    """p.grad += dF/dp / B at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l."""
+def gradients_pc(result: Result) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, dF/dp / B) at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l."""
     assert result.inference is not None  # of every "pc" result
     assert result.x is not None
+    found = []
     grads = pck.weight_grads(result.x, result.layers, result.inference)
     for layer, grad in zip(result.layers, grads, strict=True):
-        _accumulate(layer.weight, grad.weight)
-        _accumulate(layer.bias, grad.bias)
-        _accumulate(layer.log_var, grad.log_var)
+        pairs = ((layer.weight, grad.weight), (layer.bias, grad.bias), (layer.log_var, grad.log_var))
+        found += [(p, g) for p, g in pairs if p is not None and g is not None and p.requires_grad]
+    return found
 
 
-def _accumulate(parameter: Tensor | None, grad: Tensor | None) -> None:
-    if parameter is None or grad is None or not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = grad
-    else:
-        parameter.grad.add_(grad)
+def backward_pc(result: Result) -> None:
+    """p.grad += dF/dp / B."""
+    for parameter, grad in gradients_pc(result):
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad.add_(grad)
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients are known already: F / B of a chain, with those of `pck.weight_grads`."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.grads = grads
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, *(g * grad for g in ctx.grads)
+
+
+def loss_chain(result: Result) -> Tensor:
+    """A scalar whose backward() is `backward_chain`; its value is F / B for "bp", 0 otherwise."""
+    if result.algorithm == "bp":
+        return bp_loss(result)
+    found = gradients_pc(result)
+    return _Known.apply([g for _, g in found], *(p for p, _ in found))  # type: ignore[return-value]
 
 
 _STATES_ONLY = {"phis": None, "clamp": None, "noise": None, "precision": "fp32"}  # settings "bp" has no use for
@@ -100,11 +122,14 @@ def _output_energy(call: Call, mu: Tensor) -> Tensor:
     return energies.sum() / max(len(mu), 1)
 
 
-def backward_bp(result: Result) -> None:
-    """p.grad += dE_L/dp / B by autograd. Once per result."""
+NO_TARGET = "result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer"
+
+
+def bp_loss(result: Result) -> Tensor:
+    """E_L / B with its graph."""
     if result.loss is None:
-        raise ValueError("result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer")
-    result.loss.backward()
+        raise ValueError(NO_TARGET)
+    return result.loss
 
 
 def infer_chain(call: Call, algorithm: str) -> Result:
@@ -114,7 +139,10 @@ def infer_chain(call: Call, algorithm: str) -> Result:
 
 def backward_chain(result: Result) -> None:
     """The gradients of what `infer_chain` returned."""
-    (backward_pc if result.algorithm == "pc" else backward_bp)(result)
+    if result.algorithm == "bp":
+        bp_loss(result).backward()
+    else:
+        backward_pc(result)
 
 
 def bad_choice(name: str, known: Collection[str], optimizer: Any) -> None:

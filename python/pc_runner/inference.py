@@ -180,7 +180,7 @@ class Result:
     loss: Tensor | None = field(default=None, repr=False)  # of "bp": batch mean of the output's energy, with its graph
     names: list[str] = field(default_factory=list)  # of the nodes, as in `phis`
     settled: Settled | None = field(default=None, repr=False)  # of a module with nodes
-    learn: Callable[[], None] | None = field(default=None, repr=False)  # what `backward` runs there
+    learn: Callable[[], Tensor] | None = field(default=None, repr=False)  # the loss that `backward` takes there
     path: str = field(default="autograd", repr=False)
 
     @property

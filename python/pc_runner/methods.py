@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pc_runner.algorithms import NO_TARGET
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
 from pc_runner.node import PCNode, fail
@@ -78,10 +79,10 @@ def infer_pc(task: Task) -> Result:
     with torch.no_grad():
         engine = make_engine(task)
         settled = settle(engine, task.nodes, task.moves)
-    return _result(task, "pc", settled, engine.kind, lambda: learn_here(task))
+    return _result(task, "pc", settled, engine.kind, lambda: loss_here(task))
 
 
-def _result(task: Task, algorithm: str, settled: Settled, backend: str, learn: Callable[[], None]) -> Result:
+def _result(task: Task, algorithm: str, settled: Settled, backend: str, learn: Callable[[], Tensor]) -> Result:
     phis = [state.phi for state in task.states]
     return Result(
         phis, settled.energy, algorithm, task.owner, path=backend, settled=settled, learn=learn,
@@ -89,20 +90,18 @@ def _result(task: Task, algorithm: str, settled: Settled, backend: str, learn: C
     )  # fmt: skip
 
 
-def learn_here(task: Task) -> None:
-    """p.grad += dF/dp / B at the present phis: one recorded pass, one backward."""
+def loss_here(task: Task) -> Tensor:
+    """F / B at the present phis, as a function of the parameters: one recorded pass."""
     _, mus = tape(task.program, task.states, task.inputs, task.free_phis, task.rng)
-    backward_energy(task, mus)
+    return loss_of(task, mus)
 
 
-def backward_energy(task: Task, mus: Sequence[Tensor], keep: bool = False) -> None:
-    """p.grad += d/dp sum_l E_l(phi_l, mu_l) / B, phi fixed, through the tape that ends in mus."""
+def loss_of(task: Task, mus: Sequence[Tensor]) -> Tensor:
+    """sum_l E_l(phi_l, mu_l) / B, phi fixed, a function of the parameters through the tape that ends in mus."""
     with torch.enable_grad():
         log_vars = [state.node.log_var for state in task.states]
         phis = [phi.detach() for phi in task.nodes.phis()]
-        loss = task.nodes.energies(phis, mus, log_vars).sum() / task.batch
-    if loss.requires_grad:
-        loss.backward(retain_graph=keep)
+        return task.nodes.energies(phis, mus, log_vars).sum() / task.batch
 
 
 # ------------------------------------------------------------------------------------- from the forward linearisation
@@ -125,7 +124,7 @@ def infer_fixed_prediction(task: Task) -> Result:
 
     with torch.no_grad():
         settled = settle(Forward(), task.nodes, task.moves)
-    return _result(task, "fixed_prediction", settled, "taped", lambda: backward_energy(task, mus, keep=True))
+    return _result(task, "fixed_prediction", settled, "taped", lambda: loss_of(task, mus))
 
 
 def _forward_start(task: Task, algorithm: str) -> None:
@@ -159,7 +158,7 @@ def infer_zil(task: Task) -> Result:
     check_finite(nodes, rows)
     done = max(distance)
     energy = torch.stack(rows) if moves.trace else None
-    return _result(task, "zil", Settled(done, energy), "taped", lambda: backward_energy(task, mus, keep=True))
+    return _result(task, "zil", Settled(done, energy), "taped", lambda: loss_of(task, mus))
 
 
 def _send(
@@ -201,10 +200,10 @@ def infer_bp(task: Task) -> Result:
     energy[[l for l in range(len(mus)) if l not in ends]] = 0
     settled = Settled(0, energy.unsqueeze(0) if task.moves.trace else None)
 
-    def learn() -> None:
+    def learn() -> Tensor:
         if loss is None:
-            raise ValueError("result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer")
-        loss.backward(retain_graph=True)
+            raise ValueError(NO_TARGET)
+        return loss
 
     return replace(_result(task, "bp", settled, "autograd", learn), loss=loss)
 
@@ -226,7 +225,9 @@ def infer_ipc(task: Task) -> Result:
             found = pull(self._mus, self._leaves, grad_mus, keep=True)
             optimizer.zero_grad()
             with torch.enable_grad():
-                backward_energy(task, self._mus)
+                loss = loss_of(task, self._mus)
+                if loss.requires_grad:
+                    loss.backward()
                 optimizer.step()
             return found
 
@@ -234,7 +235,7 @@ def infer_ipc(task: Task) -> Result:
     with torch.no_grad():
         settled = settle(engine, nodes, task.moves)
 
-    def learn() -> None:
+    def learn() -> Tensor:
         raise ValueError("result: wanted one of another algorithm, got 'ipc': its weights have moved during infer")
 
     return _result(task, "ipc", settled, "taped", learn)
@@ -258,7 +259,7 @@ def infer_epc(task: Task) -> Result:
     check_finite(nodes, run.rows)
     done = done if run.done is None else int(run.done)
     settled = Settled(done, finish_trace(run.rows, done, moves))
-    return _result(task, "epc", settled, "taped", lambda: learn_here(task))
+    return _result(task, "epc", settled, "taped", lambda: loss_here(task))
 
 
 def _error_pass(task: Task, errors_now: Sequence[Tensor]) -> tuple[Errors, list[Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
-from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain
+from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
@@ -149,14 +149,25 @@ class PCNetwork(nn.Module):
         For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone.
         Raises ValueError for another network's result. TypeError for anything else.
         """
+        self._check_result(result)
+        if result.learn is None:
+            backward_chain(result)
+            return
+        loss = result.learn()
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)  # the tape of "zil", "fixed_prediction" and "bp" is the result's own
+
+    def loss(self, result: Result) -> Tensor:
+        """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
+        want one. Its value is F / B, or, for a chain's "pc", 0."""
+        self._check_result(result)
+        return loss_chain(result) if result.learn is None else result.learn()
+
+    def _check_result(self, result: Result) -> None:
         if not isinstance(result, Result):
             raise TypeError(f"result: wanted what infer returned, got {type(result).__name__}; call infer first")
         if result.owner is not self:
             raise ValueError("result: wanted one of this network, got another network's; call this network's infer")
-        if result.learn is None:
-            backward_chain(result)
-        else:
-            result.learn()
 
     def explain(self, x: Any, y: Any = None) -> str:
         """What `infer(x, y)` would take: a chain's backend and schedule, or how a module's step was traced. A module
