@@ -132,7 +132,7 @@ class Attention(Body):
         return self.head(h + self.down(node("ffn", F.gelu(self.up(self.n2(h))))))
 
 
-INPUTS = {"Mlp": (5, 7), "LeNet": (5, 1, 8, 8), "Residual": (5, 5), "Dag": (5, 5), "Attention": (3, 4, 6)}
+INPUTS = {"Mlp": (5, 7), "LeNet": (5, 1, 8, 8), "Residual": (5, 5), "Dag": (11, 5), "Attention": (3, 4, 6)}
 BODIES = {body.__name__: body for body in (Mlp, LeNet, Residual, Dag, Attention)}
 EXACT = ("Mlp", "LeNet", "Residual", "Dag")  # Gaussian hidden nodes: zil and fixed prediction equal backpropagation
 

@@ -93,6 +93,8 @@ def _read(graph: fx.Graph, program: Program) -> ModuleChain:
                 raise _NoChain("a node is not predicted by a linear layer")
             stages.append(_stage(linear, acts, kind))
             linear, acts = None, []
+        elif kind == "identity":
+            continue
         elif kind == "flatten" and not stages and linear is None:
             flatten = True
         elif isinstance(kind, str) and kind in pck.ACTIVATIONS:
@@ -118,6 +120,8 @@ def _kind(node: fx.Node, program: Program) -> Any:
             return module
         if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return "flatten"
+        if type(module) is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
+            return "identity"
         rule = RULES.get(type(module))
         return rule.name if rule is not None and rule.fits(module) else "other"
     if len(node.args) > 1 or node.kwargs:

@@ -14,7 +14,7 @@ from torch.distributions.kl import _dispatch_kl
 Make = Callable[[Tensor], Distribution]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pair:
     """E = D_KL[X(phi) || Xhat(mu)] where torch has that KL; otherwise, or with `samples`, the cross-entropy of Eq. 8:
 
