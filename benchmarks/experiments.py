@@ -142,9 +142,7 @@ def memory(images: Images, args: argparse.Namespace) -> Row:
     count = 100
     stored = images.x_train[:count]
     net = PCNetwork.from_sequential(
-        nn.Sequential(
-            nn.Linear(1, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 784), nn.Sigmoid()
-        ),
+        nn.Sequential(nn.Linear(1, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 784), nn.Sigmoid()),
         energy=["gaussian"] * 3,
     )
     x = torch.zeros(count, 1)

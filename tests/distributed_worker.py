@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Trains a small M2 in float64 by PC and by BP, alone or under torchrun: `distributed_worker.py OUT EPOCHS [resume]`."""
+"""Trains a small M2 in float64 by PC and BP, alone or under torchrun: `distributed_worker.py OUT EPOCHS [resume]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pc_runner.config import TrainConfig
 from pc_runner.data import load_images
 from pc_runner.distributed import joined
 from pc_runner.train import train
-
 
 METHODS = ("pc_fkl", "bp")
 

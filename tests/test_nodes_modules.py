@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pc_runner import PCNetwork, PCNode, Pair
+from pc_runner import Pair, PCNetwork, PCNode
 from pc_runner.residual import mupc_scales, residual_mlp
 from torch import nn
 from torch.distributions import Laplace, Normal
@@ -236,7 +236,7 @@ def test_compiled_copied_and_stored_networks_infer_alike(tmp_path):
     with torch.no_grad():
         net.module.up.weight.mul_(2)
     net.module.out = nn.Linear(6, 3).double()
-    now, rows = nets.settle(net.module, x, y, 3, 0.1)
+    _, rows = nets.settle(net.module, x, y, 3, 0.1)
     assert torch.allclose(net.infer(x, y, steps=3).energy, rows, rtol=1e-9, atol=1e-12)  # parameters are read anew
 
 

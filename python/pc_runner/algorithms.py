@@ -133,7 +133,7 @@ def bp_loss(result: Result) -> Tensor:
 
 
 def infer_chain(call: Call, algorithm: str) -> Result:
-    """"pc" or "bp" on a chain."""
+    """ "pc" or "bp" on a chain."""
     return (infer_pc if algorithm == "pc" else infer_bp)(call)
 
 

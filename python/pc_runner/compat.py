@@ -166,7 +166,7 @@ def _moves(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scale(model: nn.Module, factor: float) -> None:
-    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)  # type: ignore[attr-defined]
 
 
 MODES = {"Strict": "pc", "FixedPred": "fixed_prediction", "Exact": "zil"}
@@ -186,7 +186,13 @@ def pc_infer(
     if mode not in MODES:
         fail("mode", f"one of {', '.join(MODES)}", repr(mode), "'Strict' is plain predictive coding")
     if not isinstance(model, nn.Sequential) or len(model) < 2:
-        fail("model", "a Sequential of at least two modules", type(model).__name__, "a value stands between two", TypeError)
+        fail(
+            "model",
+            "a Sequential of at least two modules",
+            type(model).__name__,
+            "a value stands between two",
+            TypeError,
+        )
     mean = _is_mean(loss_fn)
     batch = len(x)
     summed: LossFn = (lambda out, target: loss_fn(out, target) * batch) if mean else loss_fn

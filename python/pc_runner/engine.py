@@ -44,7 +44,7 @@ class Traced:
         for l in still:
             self._all[l] = values[still.index(l)]
         self.hoisted = values[len(still) :]
-        self.products = (step.products[0], step.products[1] + step.products[2])
+        self.products: tuple[int, int] | None = (step.products[0], step.products[1] + step.products[2])
 
     def mus(self, phis: Sequence[Tensor]) -> list[Tensor]:
         found = self._step.forward(*phis, *self.hoisted)
@@ -62,7 +62,7 @@ class Taped:
     """Autograd's tape, anew at every step: for modules whose code cannot be traced, or that draw random numbers."""
 
     kind = "taped"
-    products = None
+    products: tuple[int, int] | None = None
 
     def __init__(self, program: Program, states: Sequence[State], inputs: tuple[Any, ...], rng: Sequence[Tensor]):
         self._program, self._states, self._inputs, self._rng = program, states, inputs, rng

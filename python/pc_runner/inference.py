@@ -139,6 +139,9 @@ def place_activation(link: Link, node: PCNode, output: bool) -> tuple[str, str |
 
     Raises ValueError where no such pair exists.
     """
+    if not isinstance(node.energy, str):
+        remedy = "put the nodes into a module and pass that to PCNetwork(...)"
+        raise ValueError(f"node at module[{link.position}]: wanted a family's name, got {node.energy!r}; {remedy}")
     act, mean_map = link.name, MEAN_MAPS.get(node.energy)
     feed = node.feed if node.feed is not None else ("identity" if mean_map is None else mean_map)
     if node.energy == "gaussian_full" and not output:
@@ -156,6 +159,7 @@ def place_activation(link: Link, node: PCNode, output: bool) -> tuple[str, str |
 def make_layer(link: Link, node: PCNode, output: bool) -> pck.Layer:
     """The layer of `pc_kernels` that predicts the node, on the user's own parameters as they are now."""
     activation, feed = place_activation(link, node, output)
+    assert isinstance(node.energy, str)  # or place_activation has raised
     return pck.Layer(
         link.linear.weight, link.linear.bias, activation, node.energy, feed, node.log_var, node.step, node.lr_scale
     )  # fmt: skip
@@ -202,7 +206,7 @@ class Result:
 
     @property
     def backend(self) -> str:
-        """The backend of `pc_kernels` that ran a chain; "traced" or "taped" for any other module, "autograd" for "bp"."""
+        """The backend of `pc_kernels` that ran a chain; "traced" or "taped" elsewhere, "autograd" for "bp"."""
         return self.path if self.inference is None else self.inference.backend
 
     def check(self) -> None:

@@ -114,7 +114,8 @@ def infer_fixed_prediction(task: Task) -> Result:
     fixed = [mu.detach() for mu in mus]
 
     class Forward:
-        kind, products = "taped", None
+        kind = "taped"
+        products: tuple[int, int] | None = None
 
         def mus(self, phis: Sequence[Tensor]) -> list[Tensor]:
             return fixed
@@ -171,7 +172,7 @@ def _send(
     found = torch.autograd.grad(mu, [leaf_of[k] for k in below], grad, allow_unused=True, retain_graph=True)
     for k, message in zip(below, found, strict=True):
         if message is not None:
-            back[k] = message if back[k] is None else back[k] + message
+            back[k] = message if back[k] is None else back[k] + message  # type: ignore[operator]
             distance[k] = max(distance[k], distance[l] + 1)
 
 
@@ -208,7 +209,7 @@ def infer_bp(task: Task) -> Result:
     return replace(_result(task, "bp", settled, "autograd", learn), loss=loss)
 
 
-# ------------------------------------------------------------------------------------------- weights or errors that move
+# ------------------------------------------------------------------------------------------ weights or errors that move
 
 
 def infer_ipc(task: Task) -> Result:
@@ -303,16 +304,16 @@ def _move_errors(
     if active is not None:
         going = [active.view(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in grads]
         for values in (grads,) if speeds is None else (grads, speeds):
-            torch._foreach_mul_(values, going)
+            torch._foreach_mul_(values, going)  # type: ignore[attr-defined]
     if adam is not None:
         adam.step(nodes, errors_now, grads, moves)
         return
     if speeds is not None:
-        torch._foreach_mul_(speeds, moves.momentum)
-        torch._foreach_add_(speeds, grads)
+        torch._foreach_mul_(speeds, moves.momentum)  # type: ignore[attr-defined]
+        torch._foreach_add_(speeds, grads)  # type: ignore[attr-defined]
         grads = speeds
     scales = [moves.lr * nodes.states[l].node.lr_scale for l in nodes.free]
-    torch._foreach_sub_(errors_now, torch._foreach_mul(grads, scales))
+    torch._foreach_sub_(errors_now, torch._foreach_mul(grads, scales))  # type: ignore[attr-defined]
 
 
 METHODS: dict[str, Callable[[Task], Result]] = {

@@ -20,8 +20,8 @@ class ScaledLinear(nn.Linear):
         nn.init.normal_(self.weight)
         self.scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * super().forward(input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale:.4g}"

@@ -156,7 +156,7 @@ class Nodes:
         for l in self.free:
             state, back = self.states[l], feedback[l]
             if back is not None and state.node.natural:
-                _, pull = torch.func.vjp(lambda phi, s=state: s.passes(phi, s.mask, s.noise), phis[l])
+                pull = torch.func.vjp(lambda phi, s=state: s.passes(phi, s.mask, s.noise), phis[l])[1]
                 (back,) = pull(back)
             g = errors.grad_phi[l] if back is None else errors.grad_phi[l] + back
             still = _still(state, g)
@@ -303,7 +303,8 @@ class AdamState:
         for place, l in enumerate(nodes.free):
             state = nodes.states[l]
             if state.node.natural:
-                step = phis[l] - mus[l] if feedback[l] is None else phis[l] - mus[l] + feedback[l]
+                back = feedback[l]
+                step = phis[l] - mus[l] if back is None else phis[l] - mus[l] + back
                 still = _still(state, step)
                 grads[place] = step if still is None else step.masked_fill(still, 0.0)
         moving = [phis[l] for l in nodes.free]

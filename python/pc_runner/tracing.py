@@ -145,8 +145,8 @@ def _products(
         value(state, phi) if state.node.natural and state.name not in program.outputs else phi
         for state, phi in zip(free, phis, strict=True)
     ]
-    mus, pull = torch.func.vjp(predictions, *leaves)
-    return [*mus, *pull(list(grads))]
+    found = torch.func.vjp(predictions, *leaves)
+    return [*found[0], *found[1](list(grads))]
 
 
 def _random(node: fx.Node) -> bool:
@@ -216,7 +216,7 @@ def _read_by(readers: set[fx.Node], nodes: Sequence[fx.Node]) -> list[fx.Node]:
 def _extract(
     graph: fx.Graph, inputs: Sequence[fx.Node], results: Sequence[fx.Node], fresh: Sequence[fx.Node] = ()
 ) -> fx.GraphModule:
-    """A module (*inputs) -> results. `fresh` results must not share memory with an input, which will change in place."""
+    """A module (*inputs) -> results. `fresh` results must not share memory with an input: those change in place."""
     part, copies = fx.Graph(), {}
     for node in inputs:
         copies[node] = part.placeholder(node.name)
