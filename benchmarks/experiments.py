@@ -139,7 +139,7 @@ def curve(runs: dict[str, list[Row]], path: Path) -> None:
 def memory(images: Images, args: argparse.Namespace) -> Row:
     """A generative network stores images; the visible half of one then recalls the other half."""
     torch.manual_seed(args.seed)
-    count = 100
+    count = 32
     stored = images.x_train[:count]
     net = PCNetwork.from_sequential(
         nn.Sequential(nn.Linear(1, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 784), nn.Sigmoid()),

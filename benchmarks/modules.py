@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Mlp(Bench):
     def __init__(self):
         super().__init__(" ".join("abc"[: len(self.widths)]))
         sizes = [*self.shape, *self.widths, 10]
-        self.fc = nn.ModuleList([nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)])
+        self.fc = nn.ModuleList([nn.Linear(i, o) for i, o in pairwise(sizes)])
 
     def body(self, x: Tensor, node: Node) -> Tensor:
         for name, fc in zip("abc", self.fc[:-1], strict=False):

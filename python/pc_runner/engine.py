@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -36,7 +37,7 @@ class Traced:
     kind = "traced"
 
     def __init__(self, step: Step, fixed: Fixed):
-        self._step = step
+        self.step = step
         self._live = [l for l, live in enumerate(step.live) if live]
         values = list(step.constants(*fixed.flat()))
         still = [l for l, live in enumerate(step.live) if not live]
@@ -46,16 +47,30 @@ class Traced:
         self.hoisted = values[len(still) :]
         self.products: tuple[int, int] | None = (step.products[0], step.products[1] + step.products[2])
 
+    def static(self) -> Traced:
+        """A twin whose constants have memory of their own, for a CUDA graph to read."""
+        twin = copy.copy(self)
+        twin.hoisted = [value.clone() for value in self.hoisted]
+        twin._all = [None if value is None else value.clone() for value in self._all]
+        return twin
+
+    def take(self, other: Traced) -> None:
+        """Another inference's constants, into this one's memory."""
+        mine = [*self.hoisted, *(self._all[l] for l, live in enumerate(self.step.live) if not live)]
+        theirs = [*other.hoisted, *(other._all[l] for l, live in enumerate(other.step.live) if not live)]
+        for value, new in zip(mine, theirs, strict=True):
+            value.copy_(new)
+
     def mus(self, phis: Sequence[Tensor]) -> list[Tensor]:
-        found = self._step.forward(*phis, *self.hoisted)
+        found = self.step.forward(*phis, *self.hoisted)
         for l, mu in zip(self._live, found, strict=False):
             self._all[l] = mu
         self._needed = found[len(self._live) :]
         return list(self._all)
 
     def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
-        found = iter(self._step.backward(*(grad_mus[l] for l in self._live), *self._needed, *self.hoisted))
-        return [next(found) if fed else None for fed in self._step.fed]
+        found = iter(self.step.backward(*(grad_mus[l] for l in self._live), *self._needed, *self.hoisted))
+        return [next(found) if fed else None for fed in self.step.fed]
 
 
 class Taped:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pc_runner.algorithms import NO_TARGET
+from pc_runner.capture import Captures, obstacle
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
 from pc_runner.node import PCNode, fail
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     rng: list[Tensor]  # generators at t = 0: every pass draws the same
     moves: Moves
     traces: Traces
+    captures: Captures
     optimizer: torch.optim.Optimizer | None
 
     @property
@@ -45,8 +47,9 @@ class Task(NamedTuple):
 
 
 def start(
-    owner: nn.Module, program: Program, request: Request, moves: Moves, traces: Traces, optimizer: Any = None
-) -> Task:
+    owner: nn.Module, program: Program, request: Request, moves: Moves, traces: Traces, captures: Captures,
+    optimizer: Any = None,
+) -> Task:  # fmt: skip
     """The forward pass, with everything checked. Raises ValueError or TypeError that names the argument."""
     rng = draws()
     states = record(program, request)
@@ -54,7 +57,7 @@ def start(
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
     nodes = Nodes(states, seed=int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0)
     nodes.energies(nodes.phis(), [state.mu for state in states])  # raises now what the loop would raise
-    return Task(owner, program, request.inputs, nodes, rng, moves, traces, optimizer)
+    return Task(owner, program, request.inputs, nodes, rng, moves, traces, captures, optimizer)
 
 
 def _samples(states: Sequence[State]) -> bool:
@@ -78,7 +81,10 @@ def infer_pc(task: Task) -> Result:
     """T simultaneous gradient moves of all free phi on F = sum_l E_l."""
     with torch.no_grad():
         engine = make_engine(task)
-        settled = settle(engine, task.nodes, task.moves)
+        if isinstance(engine, Traced) and obstacle(engine.kind, task.nodes, task.moves) is None:
+            settled = task.captures.settle(engine, task.nodes, task.moves)
+        else:
+            settled = settle(engine, task.nodes, task.moves)
     return _result(task, "pc", settled, engine.kind, lambda: loss_here(task))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
+from pc_runner.capture import Captures, obstacle
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
@@ -56,7 +57,7 @@ class PCNetwork(nn.Module):
             fail("module", "at least one PCNode inside", type(module).__name__, remedy)
         if len({id(node) for node in [*inside, *self.nodes]}) < len(inside) + len(given):
             fail("output", "a PCNode of its own", "one that is in the module, or twice", "make another one")
-        self._sequential, self._traces = False, Traces()
+        self._sequential, self._traces, self._captures = False, Traces(), Captures()
 
     @classmethod
     def from_sequential(
@@ -82,7 +83,7 @@ class PCNetwork(nn.Module):
         nn.Module.__init__(net)
         net.module = module
         net.nodes = nn.ModuleList(_make_nodes(names, energy, output))
-        net._sequential, net._traces = True, Traces()
+        net._sequential, net._traces, net._captures = True, Traces(), Captures()
         for link, node in zip(links, net.nodes, strict=True):
             if node.energy == "gaussian_diag" and node.log_var is None:
                 node.log_var = nn.Parameter(torch.zeros_like(link.linear.weight[:, 0]))
@@ -141,7 +142,7 @@ class PCNetwork(nn.Module):
             fail("precision", "'fp32' outside pck.infer's chains", repr(precision), "the module computes as it likes")
         moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace)
         request = Request(_inputs(x), y, phis, clamp, masks, noise)
-        return METHODS[algorithm](start(self, self._program(), request, moves, self._traces, optimizer))
+        return METHODS[algorithm](start(self, self._program(), request, moves, self._traces, self._captures, optimizer))
 
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
@@ -176,7 +177,7 @@ class PCNetwork(nn.Module):
         if call is not None:
             return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)
         moves = read_moves(1, 0.1, 0.0, None, None, False)
-        task = start(self, self._program(), Request(_inputs(x), y), moves, self._traces)
+        task = start(self, self._program(), Request(_inputs(x), y), moves, self._traces, self._captures)
         return _account(task, self._find_chain().reason)
 
     def _program(self) -> Program:
@@ -284,4 +285,6 @@ def _account(task: Task, reason: str) -> str:
         lines.append(f"traced: {hoisted} products once per inference, {forward} + {backward} per step (forward, VJP)")
     else:
         lines.append(f"taped by autograd at every step, nothing computed once: {found}")
+    why = obstacle("traced" if isinstance(found, Step) else "taped", task.nodes, task.moves)
+    lines.append("CUDA graph: captured (not yet run on hardware)" if why is None else f"no CUDA graph: {why}")
     return "\n".join(lines)

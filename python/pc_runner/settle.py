@@ -245,7 +245,7 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
         mus = engine.mus(moving)
         errors = nodes.errors(phis, mus)
         run.note(errors)
-        back = _spread(engine.feedback(errors.grad_mu), nodes)
+        back = spread(engine.feedback(errors.grad_mu), nodes)
         if not run.still_active(step, lambda: nodes.euclidean(phis, errors, back)):  # noqa: B023 - called here
             break
         frozen = None if run.active is None else ~run.active
@@ -260,7 +260,7 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
     return Settled(done, finish_trace(run.rows, done, moves), engine.products)
 
 
-def _spread(feedback: Sequence[Tensor | None], nodes: Nodes) -> list[Tensor | None]:
+def spread(feedback: Sequence[Tensor | None], nodes: Nodes) -> list[Tensor | None]:
     """One entry per node from one per free node."""
     spread: list[Tensor | None] = [None] * len(nodes.states)
     for l, back in zip(nodes.free, feedback, strict=True):
