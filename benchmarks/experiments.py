@@ -6,7 +6,7 @@ deep        a 32-layer residual MLP: plain `pc` falls behind, `epc` trains
 memory      half-occluded digits completed by clamping the visible half
 variances   a classifier whose log variances are learned
 
-Each writes NAME.json (command, machine, all figures) and, where there is something to see, NAME.png.
+Each writes modules_NAME.json (command, machine, all figures) and, where there is something to see, modules_NAME.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,9 @@ def train(
     target: Callable[[Tensor], Tensor] = lambda y: y, every: int = 0, label: str = "",
 ) -> list[Row]:  # fmt: skip
     """One inference and one Adam step per batch; a row per epoch, or `every` so many batches."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    spreads = [p for name, p in net.named_parameters() if name.endswith("log_var")]
+    weights = [p for name, p in net.named_parameters() if not name.endswith("log_var")]
+    optimizer = torch.optim.Adam([{"params": weights}, {"params": spreads, "lr": 10 * lr}], lr=lr)
     rows: list[Row] = []
     began, step = time.perf_counter(), 0
     for epoch in range(args.epochs):
@@ -115,7 +117,7 @@ def deep(images: Images, args: argparse.Namespace) -> Row:
             print(f"deep {name}: {error}", flush=True)
     document = {"runs": runs, "settings": {name: list(value) for name, value in DEEP.items()}}
     if not args.only:
-        curve(runs, args.out / "deep.png")
+        curve(runs, args.out / "modules_deep.png")
     return document
 
 
@@ -161,7 +163,7 @@ def memory(images: Images, args: argparse.Namespace) -> Row:
         x, phis=[None, None, cue], clamp=[None, None, visible], steps=3000, lr=args.phi_lr or 0.2, trace=False
     ).phis[-1]
     before, after = ((image - stored)[:, 392:].square().mean(1) for image in (cue, recalled))
-    picture(torch.where(visible, stored, 0.0)[:8], recalled[:8], stored[:8], args.out / "memory.png")
+    picture(torch.where(visible, stored, 0.0)[:8], recalled[:8], stored[:8], args.out / "modules_memory.png")
     nearest = torch.cdist(recalled[:, 392:], stored[:, 392:]).argmin(1)
     return {
         "images": count, "hidden_half_mse_before": float(before.mean()), "hidden_half_mse_after": float(after.mean()),
@@ -187,21 +189,23 @@ def picture(cue: Tensor, recalled: Tensor, stored: Tensor, path: Path) -> None:
 
 
 def variances(images: Images, args: argparse.Namespace) -> Row:
-    """784-128-128-10, tanh, every node `gaussian_diag` (Eq. 5): the variances that training arrives at."""
+    """784-128-128-10, tanh, the output `gaussian_diag` (Eq. 5): the variances that training arrives at.
+
+    Hidden nodes stay at unit variance: theirs would follow their ever smaller errors, and the states' moves with them.
+    """
     torch.manual_seed(args.seed)
     module = nn.Sequential(
         nn.Flatten(), nn.Linear(784, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)
     )
-    net = PCNetwork.from_sequential(module, energy=["gaussian_diag"] * 3)
+    net = PCNetwork.from_sequential(module, energy=["gaussian", "gaussian", "gaussian_diag"])
     settings = {"steps": args.steps or 16, "lr": args.phi_lr or 0.02}
     rows = train(net, images, args, settings, 1e-3, lambda y: F.one_hot(y, 10).float(), label="variances")
-    found = [node.log_var.detach().exp() for node in net.nodes]  # type: ignore[union-attr, operator]
+    found = cast("Tensor", net.nodes[-1].log_var).detach().exp()
     with torch.no_grad():
         squared = (F.one_hot(images.y_test, 10).float() - net(images.x_test.view(-1, *images.shape))).square().mean(0)
-    names = ("hidden 1", "hidden 2", "output")
-    shown = {n: {"min": float(v.min()), "mean": float(v.mean()), "max": float(v.max())} for n, v in zip(names, found)}  # noqa: B905
-    print(json.dumps(shown, indent=1))
-    return {"rows": rows, "variances": shown, "output": found[-1].tolist(), "feed_forward_mse": squared.tolist()}
+    print("variance by digit:", [round(v, 4) for v in found.tolist()])
+    print("test error squared:", [round(v, 4) for v in squared.tolist()])
+    return {"rows": rows, "variances": found.tolist(), "test_squared_error": squared.tolist()}
 
 
 EXPERIMENTS = {"conv": conv, "deep": deep, "memory": memory, "variances": variances}
@@ -231,7 +235,7 @@ def main() -> None:
     shown = [entry if entry != args.data_dir else "DIR" for entry in sys.argv[1:]]
     command = " ".join(["python -m benchmarks.experiments", *shown])
     document = {"experiment": args.name, "command": command, "machine": machine(), **found}
-    (args.out / f"{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (args.out / f"modules_{args.name}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
