@@ -144,7 +144,13 @@ class Attention(Bench):
         return self.head(mid + self.down(node("ffn", F.gelu(self.up(self.n2(mid))))))
 
 
-BENCHES = (Mlp, WideInput, LeNet, Residual, Dag, Attention)
+class AttentionFew(Attention):
+    """The same block on a quarter of the batch."""
+
+    batch = 4
+
+
+BENCHES = (Mlp, WideInput, LeNet, Residual, Dag, Attention, AttentionFew)
 
 
 def users_loop(module: Bench, x: Tensor, y: Tensor, weight_gradients: bool) -> dict[str, Tensor]:

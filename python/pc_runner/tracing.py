@@ -37,6 +37,7 @@ PRODUCTS: dict[Any, int] = {  # matrix products and convolutions in one call of 
     _aten._scaled_dot_product_flash_attention_backward.default: 5,
 }
 _COPIES = (_aten.clone.default, _aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default)
+_RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.expand.default, _aten._reshape_alias.default)
 
 
 class NotTraceable(RuntimeError):  # noqa: N818 - a property of the module, not a failure
@@ -194,9 +195,15 @@ def _count(node: fx.Node) -> int:
 def _drop_copies(graph: fx.Graph) -> None:
     """Nothing is changed in place here, so that a copy, as a detached or aliased tensor, is what it was made from."""
     for node in list(graph.nodes):
-        if node.target in _COPIES and len(node.args) == 1 and not node.kwargs:
+        copies = node.target in _COPIES and len(node.args) == 1 and not node.kwargs
+        if copies or (node.target in _RESHAPES and _shape(node) is not None and _shape(node) == _shape(node.args[0])):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _shape(node: Any) -> tuple[int, ...] | None:
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else None
 
 
 def _reached(graph: fx.Graph, roots: Sequence[fx.Node]) -> set[fx.Node]:
