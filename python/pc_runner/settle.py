@@ -198,7 +198,10 @@ class Settled:
 
     @property
     def work(self) -> pck.WorkCount | None:
-        """Products done; the step is traced without any that the states' gradients do not need."""
+        """Products done, of a step that holds none that the states' gradients do not need.
+
+        The lower bound is that of steps in which all nodes move: the light cone of the first ones is used in chains only.
+        """
         if self.products is None:
             return None
         done = self.products[0] + self.products[1] * self.steps
