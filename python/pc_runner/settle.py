@@ -200,7 +200,7 @@ class Settled:
     def work(self) -> pck.WorkCount | None:
         """Products done, of a step that holds none that the states' gradients do not need.
 
-        The lower bound is that of steps in which all nodes move: the light cone of the first ones is used in chains only.
+        The lower bound is that of steps in which all nodes move: only chains use the light cone of the first ones.
         """
         if self.products is None:
             return None
