@@ -107,7 +107,7 @@ def test_bad_nodes(arguments, text):
         PCNode(*arguments)
 
 
-def test_other_modules_come_later():
+def test_modules_without_nodes_are_sent_to_from_sequential():
     with pytest.raises(ValueError, match="from_sequential"):
         PCNetwork(chain())
     with pytest.raises(TypeError, match=r"wanted a torch\.nn\.Sequential, got Linear"):
@@ -116,10 +116,10 @@ def test_other_modules_come_later():
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 BAD_CALLS = {
-    "later": ({"algorithm": "ipc"}, ValueError, "comes with a later version"),
-    "later too": ({"algorithm": "zil"}, ValueError, "one of pc, bp"),
-    "unknown": ({"algorithm": "adam"}, ValueError, "one of pc, bp"),
-    "state optimiser": ({"state_optimizer": "adam"}, ValueError, "state_optimizer"),
+    "no optimiser": ({"algorithm": "ipc"}, ValueError, "optimizer: wanted a torch optimiser"),
+    "zil's lr": ({"algorithm": "zil", "lr": 0.1}, ValueError, "lr: wanted 1"),
+    "unknown": ({"algorithm": "adam"}, ValueError, "one of pc, ipc, fixed_prediction, zil, epc, bp"),
+    "state optimiser": ({"state_optimizer": "rmsprop"}, ValueError, "state_optimizer"),
     "optimiser": ({"optimizer": object()}, ValueError, "optimizer: wanted None"),
     "steps": ({"steps": -1}, ValueError, "steps"),
     "lr": ({"lr": math.inf}, ValueError, "lr"),

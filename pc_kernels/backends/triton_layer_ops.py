@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pc_kernels.backends.triton_launches import registers
 from pc_kernels.backends.triton_layer_kernels import errors_kernel, update_kernel
 from pc_kernels.backends.triton_math import ENERGY_CODES, HAS_OWN_TARGET
 from pc_kernels.backends.triton_tables import (
@@ -141,6 +142,7 @@ def launch_of(nodes: Sequence[Node], batch: int) -> Launch:
         "ALIGNED": all(_aligned(node) for node in nodes),
         "TILE": tile,
         "num_warps": LAUNCHES[tile],
+        **({} if device.type == "cpu" or torch.version.hip else {"maxnreg": registers(LAUNCHES[tile])}),
     }
     on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on:

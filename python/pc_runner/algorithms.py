@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What `PCNetwork.infer(algorithm=...)` can run: one function for the states, one for the gradients."""
+"""Inference and gradients of a chain of linear layers, by `pck.infer` and by backpropagation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.inference import Link, Result
+from pc_runner.node import fail
 
 
 class Call(NamedTuple):
@@ -23,31 +24,56 @@ class Call(NamedTuple):
     layers: list[pck.Layer]
     masks: list[Tensor | None] | None
     settings: dict[str, Any]  # what `pck.infer` takes beside these
+    names: list[str] | None = None  # of the nodes
 
 
 def infer_pc(call: Call) -> Result:
     """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`)."""
     done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
-    return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done)
+    names = call.names or [f"nodes.{l}" for l in range(len(call.layers) - 1)] + ["output"]
+    return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done, names=names)
+
+
+def gradients_pc(result: Result) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, dF/dp / B) at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l."""
+    assert result.inference is not None  # of every "pc" result
+    assert result.x is not None
+    found = []
+    grads = pck.weight_grads(result.x, result.layers, result.inference)
+    for layer, grad in zip(result.layers, grads, strict=True):
+        pairs = ((layer.weight, grad.weight), (layer.bias, grad.bias), (layer.log_var, grad.log_var))
+        found += [(p, g) for p, g in pairs if p is not None and g is not None and p.requires_grad]
+    return found
 
 
 def backward_pc(result: Result) -> None:
-    """p.grad += dF/dp / B at the final states: dW_l = delta_l^T v_{l-1}, db_l = sum delta_l."""
-    assert result.inference is not None  # of every "pc" result
-    grads = pck.weight_grads(result.x, result.layers, result.inference)
-    for layer, grad in zip(result.layers, grads, strict=True):
-        _accumulate(layer.weight, grad.weight)
-        _accumulate(layer.bias, grad.bias)
-        _accumulate(layer.log_var, grad.log_var)
+    """p.grad += dF/dp / B."""
+    for parameter, grad in gradients_pc(result):
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad.add_(grad)
 
 
-def _accumulate(parameter: Tensor | None, grad: Tensor | None) -> None:
-    if parameter is None or grad is None or not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = grad
-    else:
-        parameter.grad.add_(grad)
+class _Known(torch.autograd.Function):
+    """A number whose gradients are known already: F / B of a chain, with those of `pck.weight_grads`."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.grads = grads
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, *(g * grad for g in ctx.grads)
+
+
+def loss_chain(result: Result) -> Tensor:
+    """A scalar whose backward() is `backward_chain`; its value is F / B for "bp", 0 otherwise."""
+    if result.algorithm == "bp":
+        return bp_loss(result)
+    found = gradients_pc(result)
+    return _Known.apply([g for _, g in found], *(p for p, _ in found))  # type: ignore[return-value]
 
 
 _STATES_ONLY = {"phis": None, "clamp": None, "noise": None, "precision": "fp32"}  # settings "bp" has no use for
@@ -96,33 +122,32 @@ def _output_energy(call: Call, mu: Tensor) -> Tensor:
     return energies.sum() / max(len(mu), 1)
 
 
-def backward_bp(result: Result) -> None:
-    """p.grad += dE_L/dp / B by autograd. Once per result."""
+NO_TARGET = "result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer"
+
+
+def bp_loss(result: Result) -> Tensor:
+    """E_L / B with its graph."""
     if result.loss is None:
-        raise ValueError("result: wanted one inferred with a target, got algorithm='bp' without y; pass y to infer")
-    result.loss.backward()
+        raise ValueError(NO_TARGET)
+    return result.loss
 
 
-class Algorithm(NamedTuple):
-    infer: Callable[[Call], Result]
-    backward: Callable[[Result], None]
+def infer_chain(call: Call, algorithm: str) -> Result:
+    """ "pc" or "bp" on a chain."""
+    return (infer_pc if algorithm == "pc" else infer_bp)(call)
 
 
-ALGORITHMS = {"pc": Algorithm(infer_pc, backward_pc), "bp": Algorithm(infer_bp, backward_bp)}
-LATER = ("ipc", "fixed_prediction", "zil", "epc")
+def backward_chain(result: Result) -> None:
+    """The gradients of what `infer_chain` returned."""
+    if result.algorithm == "bp":
+        bp_loss(result).backward()
+    else:
+        backward_pc(result)
 
 
-def choose(name: str, state_optimizer: Any, optimizer: Any) -> Algorithm:
-    """The algorithm of that name. Raises ValueError for unknown ones, and for arguments that only later ones take."""
-    for argument, value in (("state_optimizer", state_optimizer), ("optimizer", optimizer)):
-        if value is not None:
-            _refuse(argument, "None", type(value).__name__, "the algorithms that use it come with a later version")
-    if name in LATER:
-        _refuse("algorithm", f"one of {', '.join(ALGORITHMS)}", repr(name), "this one comes with a later version")
-    if name not in ALGORITHMS:
-        _refuse("algorithm", f"one of {', '.join(ALGORITHMS)}", repr(name), "'pc' is predictive coding")
-    return ALGORITHMS[name]
-
-
-def _refuse(argument: str, wanted: str, got: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{argument}: wanted {wanted}, got {got}; {remedy}")
+def bad_choice(name: str, known: Collection[str], optimizer: Any) -> None:
+    """Raise ValueError for an algorithm that there is not, or an optimiser where none is taken."""
+    if name not in known:
+        fail("algorithm", f"one of {', '.join(known)}", repr(name), "'pc' is predictive coding")
+    if optimizer is not None and name != "ipc":
+        fail("optimizer", "None", type(optimizer).__name__, "only 'ipc' changes weights during infer")

@@ -22,6 +22,7 @@ from pc_runner import demo, reproduce
 from pc_runner.checkpoint import CheckpointError, load_checkpoint
 from pc_runner.config import DEFAULT_HIDDEN, METHODS, MODELS, ConfigError, TrainConfig, config_from, machine
 from pc_runner.data import Images, load_images
+from pc_runner.distributed import joined
 from pc_runner.models.mlp import build
 from pc_runner.train import CHECKPOINT, METRICS, Interrupted, accuracy, interruptible, load_weights, train
 
@@ -207,6 +208,7 @@ def _add_demo(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     text = f"Train one network; --out keeps {CHECKPOINT} and {METRICS}. Ctrl-C saves; --resume continues bit for bit."
+    text += " Under torchrun the processes share each batch."
     parser = commands.add_parser("train", help="train one network", description=text)
     _add_settings(parser, TrainConfig(), list(TrainConfig.__dataclass_fields__))
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files")
@@ -291,11 +293,14 @@ def train_command(args: argparse.Namespace) -> int:
     images = load_images(config.data, args.data_dir, config.limit)
     name = f"{config.model}-{config.method}-{config.data}-{config.seed}".replace("/", "_").replace(":", "_")
     out = args.out or Path("runs") / name
-    with interruptible() as stop:
+    with joined() as world, interruptible() as stop:
         run = train(
             config, images, out, resume=args.resume, checkpoint_every=args.checkpoint_every, stop=stop,
-            tensorboard=args.tensorboard, progress=not args.json, report=_silent if args.json else _print_row,
+            tensorboard=args.tensorboard, progress=world.first and not args.json,
+            report=_silent if args.json else _print_row, world=world,
         )  # fmt: skip
+    if not world.first:
+        return 0
     if args.json:
         _print_json(
             {"out": str(out), "config": config.identity(), "note": images.note, "machine": machine(), "rows": run.rows}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import pc_kernels as pck
 
 if TYPE_CHECKING:
-    from pc_runner.network import PCNode
+    from pc_runner.node import PCNode
+    from pc_runner.settle import Settled
 
 MEAN_MAPS = {"categorical": "softmax", "bernoulli": "sigmoid"}  # families that hold logits: what their nodes pass on
 
@@ -138,6 +139,9 @@ def place_activation(link: Link, node: PCNode, output: bool) -> tuple[str, str |
 
     Raises ValueError where no such pair exists.
     """
+    if not isinstance(node.energy, str):
+        remedy = "put the nodes into a module and pass that to PCNetwork(...)"
+        raise ValueError(f"node at module[{link.position}]: wanted a family's name, got {node.energy!r}; {remedy}")
     act, mean_map = link.name, MEAN_MAPS.get(node.energy)
     feed = node.feed if node.feed is not None else ("identity" if mean_map is None else mean_map)
     if node.energy == "gaussian_full" and not output:
@@ -155,6 +159,7 @@ def place_activation(link: Link, node: PCNode, output: bool) -> tuple[str, str |
 def make_layer(link: Link, node: PCNode, output: bool) -> pck.Layer:
     """The layer of `pc_kernels` that predicts the node, on the user's own parameters as they are now."""
     activation, feed = place_activation(link, node, output)
+    assert isinstance(node.energy, str)  # or place_activation has raised
     return pck.Layer(
         link.linear.weight, link.linear.bias, activation, node.energy, feed, node.log_var, node.step, node.lr_scale
     )  # fmt: skip
@@ -164,7 +169,7 @@ def make_layer(link: Link, node: PCNode, output: bool) -> pck.Layer:
 class Result:
     """What `PCNetwork.infer` returns; hand it to `PCNetwork.backward`.
 
-    phis: L tensors (B, D_l), the final states (a clamped node: the target as given).
+    phis: L tensors (B, ...), the final states (a clamped node: the target as given), in the order of `names`.
     energy: (steps + 1, L), the batch mean of every E_l in nats before each move and after the last; (1, L) for "bp";
     None with trace=False.
     """
@@ -173,25 +178,36 @@ class Result:
     energy: Tensor | None
     algorithm: str
     owner: nn.Module = field(repr=False)
-    x: Tensor = field(repr=False)  # (B, D_0), flattened
-    layers: list[pck.Layer] = field(repr=False)
-    inference: pck.Inference | None = field(default=None, repr=False)  # of "pc"
+    x: Tensor | None = field(default=None, repr=False)  # (B, D_0), flattened, of a chain
+    layers: list[pck.Layer] = field(default_factory=list, repr=False)  # of a chain
+    inference: pck.Inference | None = field(default=None, repr=False)  # of a chain's "pc"
     loss: Tensor | None = field(default=None, repr=False)  # of "bp": batch mean of the output's energy, with its graph
+    names: list[str] = field(default_factory=list)  # of the nodes, as in `phis`
+    settled: Settled | None = field(default=None, repr=False)  # of a module with nodes
+    learn: Callable[[], Tensor] | None = field(default=None, repr=False)  # the loss that `backward` takes there
+    path: str = field(default="autograd", repr=False)
 
     @property
     def steps(self) -> int:
         """Moves done."""
+        if self.settled is not None:
+            return self.settled.steps
         return 0 if self.inference is None else self.inference.steps
 
     @property
-    def work(self) -> pck.WorkCount:
-        """Matrix products done, and the least possible; for "bp" those of the forward pass."""
+    def work(self) -> pck.WorkCount | None:
+        """Matrix products done, and the least possible; for a chain's "bp" those of the forward pass.
+
+        None where autograd's tape ran, which nobody counts here.
+        """
+        if self.settled is not None:
+            return self.settled.work
         return pck.WorkCount(len(self.layers), len(self.layers)) if self.inference is None else self.inference.work
 
     @property
     def backend(self) -> str:
-        """The backend of `pc_kernels` that ran; "autograd" for "bp"."""
-        return "autograd" if self.inference is None else self.inference.backend
+        """The backend of `pc_kernels` that ran a chain; "traced" or "taped" elsewhere, "autograd" for "bp"."""
+        return self.path if self.inference is None else self.inference.backend
 
     def check(self) -> None:
         """Raise InferenceDiverged if a state became non-finite (`infer` did so itself, except while compiling)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`PCNetwork`: a torch module whose linear layers predict value nodes; `PCNode`: what is to be known about one node."""
+"""`PCNetwork`: a torch module with value nodes in it, as an energy to settle and to learn from."""
 
 from __future__ import annotations
 
@@ -10,74 +10,54 @@ import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
-from pc_runner.algorithms import ALGORITHMS, Call, choose
+from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
+from pc_runner.capture import Captures, obstacle
+from pc_runner.chains import ModuleChain, sequential_program
+from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
+from pc_runner.methods import METHODS, UNIT_LR, Task, find_step, start
+from pc_runner.node import PCNode, fail
+from pc_runner.settle import read_moves
+from pc_runner.tracing import Step
+from pc_runner.walk import Program, Request, make_program
 
 Masks = Sequence[Tensor | None] | None
 
 
-class PCNode(nn.Module):
-    """A value node: its energy family and how it moves.
-
-    energy: one of `pck.ENERGIES`.
-    feed: what the node passes on; None: softmax for "categorical", sigmoid for "bernoulli", otherwise its own value.
-    step: "natural", "euclidean" or None for the family's default. lr_scale: multiplies `infer`'s lr.
-    log_var: (D,), the learnable log variances of "gaussian_diag" (None: zeros).
-    mask: bool, broadcast to (B, D), True takes part.
-
-    Raises ValueError or TypeError that names the bad argument.
-    """
-
-    log_var: nn.Parameter | None
-    mask: Tensor | None
-
-    def __init__(
-        self,
-        energy: str,
-        feed: str | None = None,
-        step: str | None = None,
-        lr_scale: float = 1.0,
-        log_var: Tensor | None = None,
-        mask: Tensor | None = None,
-    ):
-        super().__init__()
-        self.energy, self.feed, self.step, self.lr_scale = energy, feed, step, lr_scale
-        probe = torch.zeros(2) if log_var is None and energy == "gaussian_diag" else log_var
-        weight = torch.zeros(2, 1)
-        if isinstance(probe, Tensor) and probe.is_floating_point():
-            weight = probe.new_zeros(probe.numel(), 1)
-        activation = "softmax" if energy == "categorical_probs" else "identity"
-        pck.Layer(weight, None, activation, energy, feed, probe, step, lr_scale)  # raises now what it would raise later
-        self.log_var = log_var if log_var is None or isinstance(log_var, nn.Parameter) else nn.Parameter(log_var)
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask: wanted a bool tensor, got {got}; call .bool()")
-        self.register_buffer("mask", mask, persistent=False)
-
-    def extra_repr(self) -> str:
-        shown = {"feed": self.feed, "step": self.step, "lr_scale": None if self.lr_scale == 1 else self.lr_scale}
-        return ", ".join([repr(self.energy), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])
-
-
 class PCNetwork(nn.Module):
-    """A predictive-coding network around the user's module, made by `PCNetwork.from_sequential`.
+    """A predictive-coding network around the user's module: any module with `PCNode`s where value nodes belong.
+
+    module: calls each of its nodes once in a forward pass, on the node's prediction mu (B, ...).
+    output: the node(s) that what the module returns predicts, a `PCNode` or an energy's name, one per returned tensor;
+    None: the node reached last.
 
     `net(x)` is `net.module(x)`, the plain feed-forward pass. Learning takes two calls, then any torch optimiser:
 
         result = net.infer(x, y)      # the E-step: states phi that lower F = sum_l E_l, weights fixed
         net.backward(result)          # the M-step: p.grad += dF/dp, averaged over the batch
 
-    `net.module` is the module given; `net.nodes` the `PCNode`s, the output last. Parameters are read at every call.
+    `net.module` is the module given; `net.nodes` the output's nodes (all nodes where `from_sequential` made the
+    network). Parameters are read at every call. During both calls BatchNorm uses its running statistics, and dropout
+    (of a module in training) the mask that the first pass drew.
     """
 
-    module: nn.Sequential
+    module: nn.Module
     nodes: nn.ModuleList
 
-    def __init__(self, module: nn.Module, output: PCNode | str | None = None):
-        remedy = "for a chain of linear layers call PCNetwork.from_sequential(torch.nn.Sequential(...))"
-        raise ValueError(
-            f"module: PCNetwork({type(module).__name__}) with nodes inside comes with a later version; {remedy}"
-        )
+    def __init__(self, module: nn.Module, output: PCNode | str | Sequence[PCNode | str] | None = None):
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            fail("module", "a torch.nn.Module", type(module).__name__, "wrap the function in one", TypeError)
+        given = [] if output is None else list(output) if isinstance(output, (list, tuple)) else [output]
+        self.module = module
+        self.nodes = nn.ModuleList([_make_node(entry) for entry in given])
+        inside = [node for node in module.modules() if isinstance(node, PCNode)]
+        if not inside and not given:
+            remedy = "put PCNodes in, or for a chain of linear layers call PCNetwork.from_sequential(...)"
+            fail("module", "at least one PCNode inside", type(module).__name__, remedy)
+        if len({id(node) for node in [*inside, *self.nodes]}) < len(inside) + len(given):
+            fail("output", "a PCNode of its own", "one that is in the module, or twice", "make another one")
+        self._sequential, self._traces, self._captures = False, Traces(), Captures()
 
     @classmethod
     def from_sequential(
@@ -103,50 +83,66 @@ class PCNetwork(nn.Module):
         nn.Module.__init__(net)
         net.module = module
         net.nodes = nn.ModuleList(_make_nodes(names, energy, output))
+        net._sequential, net._traces, net._captures = True, Traces(), Captures()
         for link, node in zip(links, net.nodes, strict=True):
             if node.energy == "gaussian_diag" and node.log_var is None:
                 node.log_var = nn.Parameter(torch.zeros_like(link.linear.weight[:, 0]))
         net._read(links)
         return net
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What the module returns for x: the feed-forward prediction."""
-        return self.module(x)
+    def forward(self, *inputs: Any) -> Any:
+        """What the module returns: the feed-forward prediction. The output nodes' feeds are not applied."""
+        return self.module(*inputs)
 
     def infer(
         self,
-        x: Tensor,
-        y: Tensor | None = None,
+        x: Tensor | Sequence[Any],
+        y: Any = None,
         steps: int = 32,
-        lr: float = 0.1,
+        lr: float | None = None,
         momentum: float = 0.0,
         tol: float | None = None,
         algorithm: str = "pc",
-        clamp: Sequence[bool | Tensor | None] | None = None,
-        noise: Tensor | Sequence[Tensor | None] | None = None,
+        clamp: Any = None,
+        noise: Any = None,
         state_optimizer: Any = None,
-        optimizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
         trace: bool = True,
-        phis: Sequence[Tensor | None] | None = None,
+        phis: Any = None,
         precision: str = "fp32",
-        masks: Masks = None,
+        masks: Any = None,
     ) -> Result:
         """Settle the states: phi_l <- phi_l - lr dF/dphi_l, `steps` times, from the feed-forward values.
 
-        x: (B, ...), flattened to (B, D_0) where the module begins with a Flatten.
-        y: the target that clamps the output: class indices (B,) or probabilities (B, D) for a categorical output,
-        values (B, D) otherwise; None leaves it free.
-        algorithm: "pc", or "bp" for the feed-forward states and the output's energy alone (`steps`, `lr`, `momentum`
-        and `tol` are then without effect).
-        trace: keep the energies of every step. masks: one per node or None, instead of the nodes' own.
-        steps, lr, momentum, tol, clamp, noise, phis, precision: as in `pck.infer`.
+        x: what the module takes, a tensor (B, ...) or a tuple of arguments.
+        y: the target that clamps the output: class indices (B, ...) or probabilities (B, ..., D) for a categorical
+        output, values otherwise; a tuple with one entry per output; None leaves it free.
+        lr: None is 0.1; 1 for "zil" (always) and "fixed_prediction".
+        algorithm: "pc"; "ipc" (the weights step, too, by `optimizer`); "fixed_prediction" and "zil" (backpropagation's
+        gradient by local moves); "epc" (errors move instead of states); "bp" (the feed-forward states and the output's
+        energy alone; the settings of the moves are then without effect).
+        state_optimizer: None or "sgd" (with `momentum`), "adam" or `pc_runner.Adam(...)`.
+        clamp, phis, masks, noise: one entry per node in the order they are reached, the output last, or a dict by the
+        modules' names ("output" for the output); meanings as in `pck.infer`. masks: instead of the nodes' own.
+        trace: keep the energies of every step. tol, precision: as in `pck.infer`; precision is for chains.
 
         Raises ValueError or TypeError that names the argument, `pck.InferenceDiverged`, `pck.BackendUnavailable`.
         """
-        run = choose(algorithm, state_optimizer, optimizer)
+        bad_choice(algorithm, METHODS, optimizer)
+        lr = lr if lr is not None else (1.0 if algorithm in UNIT_LR else 0.1)
+        if algorithm == "zil" and (lr != 1.0 or momentum):
+            fail("lr", "1 and no momentum with algorithm='zil'", f"{lr}, {momentum}", "leave both out")
         settings = {"steps": steps, "lr": lr, "momentum": momentum, "tol": tol, "clamp": clamp, "noise": noise}
         settings |= {"phis": phis, "precision": precision, "trace": trace}
-        return run.infer(self._call(x, y, masks, settings))
+        if state_optimizer in (None, "sgd"):
+            call = self._chain_call(x, y, masks, settings, algorithm)
+            if call is not None:
+                return infer_chain(call, algorithm)
+        if precision != "fp32":
+            fail("precision", "'fp32' outside pck.infer's chains", repr(precision), "the module computes as it likes")
+        moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace)
+        request = Request(_inputs(x), y, phis, clamp, masks, noise)
+        return METHODS[algorithm](start(self, self._program(), request, moves, self._traces, self._captures, optimizer))
 
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
@@ -154,20 +150,67 @@ class PCNetwork(nn.Module):
         For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone.
         Raises ValueError for another network's result. TypeError for anything else.
         """
+        self._check_result(result)
+        if result.learn is None:
+            backward_chain(result)
+            return
+        loss = result.learn()
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)  # the tape of "zil", "fixed_prediction" and "bp" is the result's own
+
+    def loss(self, result: Result) -> Tensor:
+        """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
+        want one. Its value is F / B, or, for a chain's "pc", 0."""
+        self._check_result(result)
+        return loss_chain(result) if result.learn is None else result.learn()
+
+    def _check_result(self, result: Result) -> None:
         if not isinstance(result, Result):
             raise TypeError(f"result: wanted what infer returned, got {type(result).__name__}; call infer first")
         if result.owner is not self:
             raise ValueError("result: wanted one of this network, got another network's; call this network's infer")
-        ALGORITHMS[result.algorithm].backward(result)
 
-    def explain(self, x: Tensor, y: Tensor | None = None) -> str:
-        """Which backend and schedule `infer(x, y)` would take, and why the others would not run. Runs nothing."""
-        call = self._call(x, y, None, {})
-        return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)
+    def explain(self, x: Any, y: Any = None) -> str:
+        """What `infer(x, y)` would take: a chain's backend and schedule, or how a module's step was traced. A module
+        with nodes is run forward once."""
+        call = self._chain_call(x, y, None, {}, "pc")
+        if call is not None:
+            return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)
+        moves = read_moves(1, 0.1, 0.0, None, None, False)
+        task = start(self, self._program(), Request(_inputs(x), y), moves, self._traces, self._captures)
+        return _account(task, self._find_chain().reason)
 
-    def _call(self, x: Tensor, y: Tensor | None, masks: Masks, settings: dict[str, Any]) -> Call:
-        flatten, links = read_chain(self.module)
-        return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
+    def _program(self) -> Program:
+        if self._sequential:
+            return sequential_program(cast("nn.Sequential", self.module), self._listed())
+        return make_program(self.module, self._listed())
+
+    def _find_chain(self) -> ModuleChain:
+        program = self._program()
+        return ModuleChain(False, [], "its code is traced anew") if self._sequential else self._traces.chain(program)
+
+    def _chain_call(self, x: Any, y: Any, masks: Any, settings: dict[str, Any], algorithm: str) -> Call | None:
+        """The call of `pck.infer` that this is, or None."""
+        if self._sequential:
+            if algorithm not in ("pc", "bp"):
+                return None
+            flatten, links = read_chain(cast("nn.Sequential", self.module))
+            return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
+        if algorithm != "pc" or not isinstance(x, Tensor):
+            return None
+        chain = self._find_chain()
+        if not chain.stages or (x.ndim != 2 and not chain.flatten):
+            return None
+        names = [*(name for name in self._program().inner), *(["output"] if len(self.nodes) else [])]
+        given = Request((x,), None, settings.get("phis"), settings.get("clamp"), masks, settings.get("noise"))
+        given.check_names(names)
+        lists = {what: _listed_entries(given, what, names) for what in ("phis", "clamp", "noise")}
+        own = [stage.node.mask for stage in chain.stages]
+        shown = _listed_entries(given, "masks", names) or [None] * len(own)
+        listed = [mine if mask is None else mask for mask, mine in zip(shown, own, strict=True)]
+        layers = [stage.layer() for stage in chain.stages]
+        masked = None if all(mask is None for mask in listed) else listed
+        return Call(self, x.flatten(1) if chain.flatten else x, y, [], layers, masked, settings | lists, names)
 
     def _masks(self, masks: Masks) -> list[Tensor | None] | None:
         """The masks given, the nodes' own where there is none."""
@@ -219,3 +262,29 @@ def _make_node(entry: Any) -> PCNode:
         got = type(entry).__name__
         raise TypeError(f"energy: wanted names and PCNodes, got {got}; one of {', '.join(pck.ENERGIES)}")
     return PCNode(entry)
+
+
+def _inputs(x: Any) -> tuple[Any, ...]:
+    return tuple(x) if isinstance(x, (tuple, list)) else (x,)
+
+
+def _listed_entries(given: Request, what: str, names: Sequence[str]) -> Any:
+    """A dict by name as a list in the chain's order."""
+    entries = getattr(given, what)
+    if entries is None or isinstance(entries, Tensor):
+        return entries
+    return [given.entry(what, index, name) for index, name in enumerate(names)]
+
+
+def _account(task: Task, reason: str) -> str:
+    """The path of a module that is no chain, in words."""
+    found = find_step(task)
+    lines = [f"no chain of linear layers for pck.infer: {reason}", f"nodes: {', '.join(s.name for s in task.states)}"]
+    if isinstance(found, Step):
+        hoisted, forward, backward = found.products
+        lines.append(f"traced: {hoisted} products once per inference, {forward} + {backward} per step (forward, VJP)")
+    else:
+        lines.append(f"taped by autograd at every step, nothing computed once: {found}")
+    why = obstacle("traced" if isinstance(found, Step) else "taped", task.nodes, task.moves)
+    lines.append("CUDA graph: captured (not yet run on hardware)" if why is None else f"no CUDA graph: {why}")
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pc_runner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from pc_runner.config import METHODS, TrainConfig, differences
 from pc_runner.data import Images, batches, count_batches
+from pc_runner.distributed import Learner, World, parallel
 from pc_runner.inference import Result
 from pc_runner.metrics import MetricsLog, read_rows
 from pc_runner.models.mlp import build, targets
@@ -45,14 +46,15 @@ class Run:
             read), accuracy (of the test images, 0 to 1), ms_per_step, seconds (of the epoch's training), backend.
     """
 
-    def __init__(self, config: TrainConfig, images: Images):
-        self.config, self.images = config, images
+    def __init__(self, config: TrainConfig, images: Images, world: World = World()):  # noqa: B008 - immutable
+        self.config, self.images, self.world = config, images, world
         features = images.x_train.shape[1]
         self.net = build(
             config.model, config.method, features, images.classes, config.hidden, config.seed, config.lr_scale
         )  # fmt: skip
         self.targets = targets(self.net, images.y_train, images.classes)
         self.optimizer = make_optimizer(config.optimizer, self.net, config.theta_lr)
+        self._learner = parallel(self.net, world) if world.size > 1 else None
         self.step = self.epoch = self.batch = 0
         self.rows: list[Row] = []
         self.backend = ""
@@ -73,31 +75,47 @@ class Run:
         for index in order:
             started = time.perf_counter()
             read = self.batch % ENERGY_EVERY == 0
-            result = self._learn(x[index], y[index], trace=read)
+            mine = self.world.share(index)
+            result = self._learn(x[mine], y[mine], trace=read, weight=len(mine) * self.world.size / len(index))
             energy = None
             if read:
                 assert result.energy is not None  # traced
-                energy, self.backend = float(result.energy[-1].sum()), result.backend
+                self.backend = result.backend
+                energy = self.world.mean(float(result.energy[-1].sum()), len(mine), len(index))
                 self._energies.append(energy)
             self._seconds += time.perf_counter() - started
             self.batch, self.step = self.batch + 1, self.step + 1
             yield energy
 
-    def _learn(self, x: Tensor, y: Tensor, trace: bool) -> Result:
+    def _learn(self, x: Tensor, y: Tensor, trace: bool, weight: float) -> Result:
         """One inference, then `weight_updates` optimiser steps at its phis."""
         config, algorithm = self.config, METHODS[self.config.method].algorithm
-        result = first = self.net.infer(
-            x, y, config.steps, config.phi_lr, config.phi_momentum, algorithm=algorithm, trace=trace
-        )  # fmt: skip
-        for update in range(config.weight_updates):
-            if update and algorithm == "bp":
-                result = self.net.infer(x, y, algorithm="bp", trace=False)
-            elif update:  # the new weights' errors at the same phis; the target gives the last
-                result = self.net.infer(x, y, steps=0, phis=[*first.phis[:-1], None], trace=False)
+        moves = {"steps": config.steps, "lr": config.phi_lr, "momentum": config.phi_momentum}
+        first: Result | None = None
+        for _ in range(config.weight_updates):
+            if first is None:
+                settings = {**moves, "algorithm": algorithm, "trace": trace}
+            elif algorithm == "bp":
+                settings = {"algorithm": "bp", "trace": False}
+            else:  # the new weights' errors at the same phis; the target gives the last
+                settings = {"steps": 0, "phis": [*first.phis[:-1], None], "trace": False}
             self.optimizer.zero_grad()
-            self.net.backward(result)
+            result = self._gradients(x, y, settings, weight)
             self.optimizer.step()
+            first = first or result
+        assert first is not None  # weight_updates >= 1
         return first
+
+    def _gradients(self, x: Tensor, y: Tensor, settings: dict[str, Any], weight: float) -> Result:
+        """p.grad of the joint batch, by this process alone or together with the others."""
+        if self._learner is None:
+            result = self.net.infer(x, y, **settings)
+            self.net.backward(result)
+            return result
+        self._learner(x, y, weight, settings).backward()
+        learner = cast("Learner", self._learner.module)
+        assert learner.result is not None  # of the call above
+        return learner.result
 
     def end_epoch(self) -> Row:
         """Evaluate, and begin the next epoch."""
@@ -116,7 +134,12 @@ class Run:
         return row
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint from which `resume` continues exactly. Raises CheckpointError."""
+        """Write a checkpoint from which `resume` continues exactly, with any number of processes; the first one writes.
+
+        Raises CheckpointError.
+        """
+        if not self.world.first:
+            return
         progress = {
             "config": self.config.identity(), "step": self.step, "epoch": self.epoch, "batch": self.batch,
             "seconds": self._seconds, "energies": self._energies, "rows": self.rows, "backend": self.backend,
@@ -124,11 +147,11 @@ class Run:
         save_checkpoint(path, model=self.net.state_dict(), optimizer=self.optimizer, progress=progress)
 
     @classmethod
-    def resume(cls, path: Path, config: TrainConfig, images: Images) -> Run:
+    def resume(cls, path: Path, config: TrainConfig, images: Images, world: World = World()) -> Run:  # noqa: B008
         """The run that wrote the checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
         checkpoint = load_checkpoint(path)
         check_same_config(path, checkpoint.progress, config)
-        run = cls(config, images)
+        run = cls(config, images, world)
         load_weights(run.net, checkpoint, path)
         try:
             progress = checkpoint.progress
@@ -200,7 +223,7 @@ def epochs(
                 bar.update()
                 if energy is not None:
                     bar.set_postfix_str(f"F {energy:.4g}", refresh=False)
-                stopped = stop()
+                stopped = run.world.any(stop())
                 due = checkpoint_every is not None and run.step % checkpoint_every == 0
                 if checkpoint is not None and (stopped or due):
                     run.save(checkpoint)
@@ -224,6 +247,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = False,
     report: Callable[[Row], None] = lambda row: None,
+    world: World = World(),  # noqa: B008 - immutable
 ) -> Run:
     """Train with everything kept in `out`: `checkpoint.safetensors` and, a line per epoch, `metrics.jsonl`.
 
@@ -236,7 +260,12 @@ def train(
         raise CheckpointError(checkpoint, "is there already", "add --resume to continue it, or choose another --out")
     if resume and not checkpoint.exists():
         raise CheckpointError(checkpoint, "is not there", "leave --resume out to start, or check --out")
-    run = Run.resume(checkpoint, config, images) if resume else Run(config, images)
+    run = Run.resume(checkpoint, config, images, world) if resume else Run(config, images, world)
+    world.any(False)  # every process has looked for the checkpoint before one is written
+    if not world.first:
+        for _ in epochs(run, checkpoint=checkpoint, checkpoint_every=checkpoint_every, stop=stop):
+            pass
+        return run
     metrics = out / METRICS
     with MetricsLog(metrics, run.step if resume else -1, tensorboard=tensorboard) as log:
         logged = {row.get("epoch") for row in read_rows(metrics)}

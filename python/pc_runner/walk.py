@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""One pass through a module in which the nodes hold states: who is reached, in which order, predicted by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pc_runner.node import HOLDS_PARAMETERS, PCNode, fail
+
+Meet = Callable[[str, PCNode, Tensor], Tensor]  # (name, node, mu) -> what the node passes on
+
+
+class Program(nn.Module):
+    """A module with nodes inside and output nodes behind what it returns; calling it walks through all of them once.
+
+    module: the user's. inner: its nodes by name. outputs: the nodes that what it returns predicts, in order.
+    """
+
+    def __init__(self, module: nn.Module, inner: Mapping[str, PCNode], outputs: Mapping[str, PCNode]):
+        super().__init__()
+        self.module = module
+        self.inner, self.outputs = dict(inner), dict(outputs)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Node identities to names."""
+        return {id(node): name for name, node in [*self.inner.items(), *self.outputs.items()]}
+
+    def walk(self, inputs: Sequence[Any], meet: Meet, tensors: Mapping[str, Tensor] | None = None) -> list[str]:
+        """One pass; `meet` sees every node with its mu, the outputs last. Returns the names in order.
+
+        tensors: parameters and buffers to use instead of the module's own, by their names in it.
+        BatchNorm uses its running statistics. Raises ValueError for a node reached twice, or never.
+        """
+        seen: list[str] = []
+        names = self.names
+
+        def visit(node: PCNode, mu: Tensor) -> Tensor:
+            name = names[id(node)]
+            if name in seen:
+                remedy = "a node holds one state; put a PCNode of its own at each place"
+                fail(f"node {name!r}", "one call in a forward pass", "a second one", remedy)
+            if not isinstance(mu, Tensor):
+                fail(f"node {name!r}", "a tensor", type(mu).__name__, "a node takes one tensor", TypeError)
+            seen.append(name)
+            return meet(name, node, mu)
+
+        with _visited(self.inner.values(), visit), _running_statistics(self.module):
+            own = tensors is None
+            out = self.module(*inputs) if own else torch.func.functional_call(self.module, dict(tensors), tuple(inputs))
+        for node, mu in zip(self.outputs.values(), self._outputs(out), strict=True):
+            visit(node, mu)
+        missing = [name for name in names.values() if name not in seen]
+        if missing:
+            remedy = "call it in forward, or remove it from the module"
+            fail(f"node {missing[0]!r}", "a call in the forward pass", "none", remedy)
+        return seen
+
+    def _outputs(self, out: Any) -> list[Tensor]:
+        if not self.outputs:
+            return []
+        values = list(out) if isinstance(out, (tuple, list)) else [out]
+        if len(values) != len(self.outputs):
+            remedy = "pass output=[...], one PCNode per tensor that the module returns"
+            fail("output", f"{len(values)} nodes, as the module returns", len(self.outputs), remedy)
+        return values
+
+
+def make_program(module: nn.Module, outputs: Sequence[PCNode]) -> Program:
+    """The program of a module with nodes inside; a compiled module's own code is walked."""
+    module = getattr(module, "_orig_mod", module)  # torch.compile(module) keeps it there
+    inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    names = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
+    return Program(module, inner, dict(zip(names, outputs, strict=True)))
+
+
+@contextmanager
+def _visited(nodes: Any, visit: Callable[[PCNode, Tensor], Tensor]) -> Iterator[None]:
+    nodes = list(nodes)
+    for node in nodes:
+        node._visit = visit
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node._visit = None
+
+
+@contextmanager
+def _running_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm in evaluation: batch statistics would tie the samples together and make F depend on the batch."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
+@contextmanager
+def same_draws(rng: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, random numbers come as they did after `rng` was taken: every pass of an inference drops the same."""
+    with torch.random.fork_rng(devices=range(len(rng) - 1)):
+        torch.set_rng_state(rng[0])
+        for device, state in enumerate(rng[1:]):
+            torch.cuda.set_rng_state(state, device)
+        yield
+
+
+def draws() -> list[Tensor]:
+    """The random number generators' states, for `same_draws`: the CPU's, then each CUDA device's."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+@dataclass(eq=False)
+class State:
+    """One node during an inference. phi: (B, ...) its state, or its target where it is held."""
+
+    name: str
+    node: PCNode
+    mu: Tensor  # of the forward pass
+    phi: Tensor
+    held: bool  # the whole node is a target
+    hold: Tensor | None  # bool, True does not move
+    mask: Tensor | None
+    noise: Tensor | None
+    given: bool  # phi came from the caller
+
+    @property
+    def free(self) -> bool:
+        return not self.held
+
+    def passes(self, phi: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """v = feed(phi); a target that is no state (probabilities, indices, counts, data) is passed on as it is."""
+        if self.held and isinstance(self.node.energy, str) and self.node.energy in HOLDS_PARAMETERS:
+            if phi.is_floating_point():
+                return phi
+            return nn.functional.one_hot(phi, self.mu.shape[-1]).to(self.mu.dtype)
+        return self.node.value(phi, mask, noise)
+
+    @property
+    def value(self) -> Tensor:
+        """v at the present phi."""
+        return self.passes(self.phi, self.mask, self.noise)
+
+
+@dataclass
+class Request:
+    """What `infer` was given about the nodes: lists in the order in which they are reached, or dicts by name."""
+
+    inputs: tuple[Any, ...]
+    targets: Any = None
+    phis: Any = None
+    clamp: Any = None
+    masks: Any = None
+    noise: Any = None
+
+    def entry(self, what: str, index: int, name: str) -> Any:
+        """What was given for one node."""
+        entries = getattr(self, what)
+        if entries is None:
+            return None
+        if isinstance(entries, Mapping):
+            return entries.get(name)
+        if isinstance(entries, Tensor) or not isinstance(entries, Sequence):
+            fail(what, "a list or a dict by node name", type(entries).__name__, "one entry per node", TypeError)
+        return entries[index] if index < len(entries) else None
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise ValueError for entries of nodes that there are not."""
+        for what in ("phis", "clamp", "masks", "noise"):
+            entries = getattr(self, what)
+            if isinstance(entries, Tensor):  # noise of the one node that samples
+                continue
+            if isinstance(entries, Mapping):
+                unknown = [name for name in entries if name not in names]
+                if unknown:
+                    fail(what, f"names out of {', '.join(names)}", repr(unknown[0]), "they are the modules' own names")
+            elif entries is not None and len(entries) != len(names):
+                fail(what, f"{len(names)} entries, one per node", len(entries), f"the order is {', '.join(names)}")
+
+
+def record(program: Program, request: Request) -> list[State]:
+    """The forward pass that starts an inference: phi = mu except where a state or a target is given.
+
+    Raises ValueError or TypeError that names the argument.
+    """
+    states: list[State] = []
+
+    def meet(name: str, node: PCNode, mu: Tensor) -> Tensor:
+        state = _state(name, node, mu, len(states), request)
+        states.append(state)
+        if name in program.outputs:
+            return mu
+        if node.fed == "sample" and state.noise is None and not state.held:
+            half = (*mu.shape[:-1], mu.shape[-1] // 2)
+            fail(f"noise[{name!r}]", f"a tensor {half}", None, "the node feeds on its sample: draw it once")
+        return state.value.clone()  # the user may change it in place
+
+    with torch.no_grad():
+        names = program.walk(request.inputs, meet)
+    request.check_names(names)
+    _take_targets(program, states, request.targets)
+    return states
+
+
+def _state(name: str, node: PCNode, mu: Tensor, index: int, request: Request) -> State:
+    clamp, given = request.entry("clamp", index, name), request.entry("phis", index, name)
+    mask, noise = request.entry("masks", index, name), request.noise
+    if not isinstance(noise, Tensor):
+        noise = request.entry("noise", index, name)
+    noise = noise if node.fed == "sample" else None
+    if clamp is not None and clamp is not True and not (isinstance(clamp, Tensor) and clamp.dtype == torch.bool):
+        fail(f"clamp[{name!r}]", "None, True or a bool mask", type(clamp).__name__, "True holds it all", TypeError)
+    if clamp is not None and given is None:
+        fail(f"phis[{name!r}]", "the values to hold, since clamp holds this node", None, "pass them in phis")
+    held = clamp is True
+    if given is not None and not held and (given.shape != mu.shape or given.dtype != mu.dtype):
+        shown = f"{given.dtype}{tuple(given.shape)}"
+        fail(f"phis[{name!r}]", f"a state {mu.dtype}{tuple(mu.shape)}", shown, "it has its prediction's form")
+    if node.energy == "gaussian_diag" and node.log_var is None:
+        fail(f"node {name!r}", "log_var", None, f"pass PCNode(..., log_var=torch.zeros({mu.shape[-1]}))")
+    phi = mu.clone() if given is None else given if held else given.clone()
+    hold = clamp if isinstance(clamp, Tensor) else None
+    return State(name, node, mu.clone(), phi, held, hold, node.mask if mask is None else mask, noise, given is not None)
+
+
+def _take_targets(program: Program, states: list[State], targets: Any) -> None:
+    """Clamp the outputs: those behind the module, or else the node reached last."""
+    if targets is None:
+        return
+    ends = states[-max(len(program.outputs), 1) :]
+    values = list(targets) if isinstance(targets, (tuple, list)) else [targets]
+    if len(values) != len(ends):
+        fail("y", f"{len(ends)} targets, one per output", len(values), "use None for an output that stays free")
+    for state, target in zip(ends, values, strict=True):
+        if target is None:
+            continue
+        if state.held or state.hold is not None or state.given:
+            fail("y", "None", "a tensor", f"the values of {state.name!r} are in phis and clamp already")
+        state.phi, state.held = target, True
