@@ -62,12 +62,13 @@ def accuracy_section(path: Path) -> str:
 
 def steps_section(paths: Sequence[Path]) -> str:
     """Test accuracy over T, from one summary per T and learning rate."""
+    wanted = ("m2", "pc_fkl")
     entries = [(entry, path) for path in paths for entry in json.loads(path.read_text())["summary"]]
+    entries = [pair for pair in entries if (pair[0]["model"], pair[0]["method"]) == wanted]
     entries.sort(key=lambda pair: (pair[0]["steps"], pair[0]["phi_lr"]))
     rows = [
         [str(entry["steps"]), f"{entry['phi_lr']:g}", accuracy_of(entry), str(entry["epochs"]), link(path)]
         for entry, path in entries
-        if (entry["model"], entry["method"]) == ("m2", "pc_fkl")
     ]
     title = (
         "**How few steps do** (MNIST, M2, PC_FKL, seed 0, at T = 32 three seeds; at T = 2 layer 1 is never reached and "
