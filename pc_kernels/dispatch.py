@@ -22,7 +22,11 @@ from pc_kernels.errors import BackendUnavailable
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
 ENVIRONMENT = "PC_KERNELS_BACKEND"
 
-_MODULES = {"cpp": "pc_kernels.backends.native", "reference": "pc_kernels.backends.reference"}
+_MODULES = {
+    "cuda": "pc_kernels.backends.cuda_backend",
+    "cpp": "pc_kernels.backends.native",
+    "reference": "pc_kernels.backends.reference",
+}
 _requested: ContextVar[str | None] = ContextVar("pc_kernels_backend", default=None)
 
 

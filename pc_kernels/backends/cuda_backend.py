@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""The backend `cuda`: the kernels of csrc/cuda in the compiled module, for NVIDIA GPUs. Not yet run on hardware.
+
+The ops take the positional arguments of torch.ops.pc_kernels' and are already checked by `functional`. They are those
+of `cpp` under another dispatch key: torch.ops.pc_kernels_native runs them where the tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pc_kernels.backends import native
+from pc_kernels.backends.native import layer_energies, layer_errors, update_phi_
+
+__all__ = ["layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_"]
+
+OPS = ("layer_energies", "layer_errors", "update_phi_")
+OLDEST = (8, 0)  # compute capability
+_DTYPES = (torch.float32, torch.bfloat16)
+_REMEDY = "install nvcc and a torch with CUDA, then PC_KERNELS_BUILD=cuda pip install --no-build-isolation ."
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why no call can run on this backend, with the remedy; None if some can."""
+    why = native.unavailable_reason()
+    if why is not None:
+        return why
+    if not native.build_info()["cuda_architectures"]:
+        return f"the compiled extension was built without CUDA; {_REMEDY}"
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """None if `op` runs on these tensors, otherwise why not. The first one tells dtype and device."""
+    if op not in OPS:
+        return f"{op} is not written in CUDA C++ yet"
+    why = unavailable_reason()
+    if why is not None:
+        return why
+    tensor = next(given for given in tensors if given is not None)
+    if tensor.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, and a tensor is on {tensor.device}"
+    if tensor.dtype not in _DTYPES:
+        name = str(tensor.dtype).removeprefix("torch.")
+        return f"it computes in float32, from float32 or bfloat16, and a tensor is {name}"
+    return _old_device(tensor.device)
+
+
+@cache
+def _old_device(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    return f"it needs compute capability {_dotted(OLDEST)}, and {device} has {_dotted(capability)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
