@@ -16,6 +16,10 @@ struct RowPair {  // of a softmax: the maximum, and the sum of e^(x - maximum); 
   float max, sum;
 };
 
+struct alignas(16) Eight {
+  Bf16 x[8];
+};
+
 enum Stat : int { kState, kPrediction, kDot };  // places of a node's row statistics
 
 template <class Exec>
@@ -222,14 +226,17 @@ class ClusterBody {
     refresh_rows(t, round);
   }
 
+  // to all CTAs, eight columns at a time; each begins with another one, so that not all write to the same
   PC_HD void send_moved(int64_t l) const {
-    const LayerPlan& below = plan(l - 1);
+    const LayerPlan &p = plan(l), &below = plan(l - 1);
     const Bf16* own = here<Bf16>(below.moved);
-    for (int c = 0; c < kCluster; ++c) {
-      const int to = (exec_.cta + c) % kCluster;  // not all to the same one at a time
-      Bf16* gather = there<Bf16>(to, plan(l).gather);
-      entries(l - 1, [&](int m, int64_t j) { gather[m * plan(l).pitch + from(l - 1) + j] = own[m * below.slice + j]; });
-    }
+    const int64_t first = from(l - 1);
+    const int eights = static_cast<int>(below.first[exec_.cta + 1] - first) / 8, each = kTile * eights;
+    exec_.each(kCluster * each, [&](int i) {
+      const int to = (exec_.cta + i / each) % kCluster, m = i % each / eights, j = i % eights * 8;
+      Bf16* gather = there<Bf16>(to, p.gather) + m * p.pitch + first + j;
+      *reinterpret_cast<Eight*>(gather) = *reinterpret_cast<const Eight*>(own + m * below.slice + j);
+    });
   }
 
   PC_HD void predict(int64_t l) const {
