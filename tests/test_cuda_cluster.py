@@ -18,6 +18,7 @@ from cuda_host import clusters
 from torch import Tensor
 
 import pc_kernels as pck
+from pc_kernels.backends import cuda_backend, cuda_infer
 
 pytestmark = pytest.mark.skipif(cuda_host.CXX is None, reason="no C++ compiler")
 
@@ -164,3 +165,54 @@ def test_what_it_cannot_run_it_names(
     got = clusters.run(nodes, _x(gen, 5), target=_target(nodes, gen), steps=1)
     assert says in got.why
     assert got.why.startswith("node 1: ")
+
+
+# ---------------------------------------------------------------- by the public function
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend `cuda` as on a GPU, with the kernel played by the CPU."""
+    monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
+    monkeypatch.setattr(cuda_infer, "_ops", lambda: clusters.Emulated)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("precision", ["bf16_delta", "bf16"])
+@pytest.mark.parametrize("model", ["M1", "M3", "M3-probs"])
+def test_infer(model: str, precision: str, gen: torch.Generator, layers: Layers) -> None:
+    nodes = inputs.paper(model, gen, DIMS, torch.float32)
+    for node in nodes:
+        node.lr_scale = 0.01 if node.energy == "categorical_probs" else 1.0
+    x, target = _x(gen), _target(nodes, gen)
+    want = truth.infer(nodes, x, target=target, steps=8)
+    found = {}
+    for backend in ("cuda", "reference"):
+        with pck.use_backend(backend):
+            found[backend] = pck.infer(x, layers(nodes), target=target, steps=8, precision=precision)
+    got, plain = found["cuda"], found["reference"]
+    assert got.backend == "cuda"
+    assert got.steps == 8
+    assert got.work.lower_bound <= got.work.products <= 2 * got.work.lower_bound
+    for mine, theirs, right in zip(got.deltas, plain.deltas, want.deltas, strict=True):
+        assert (mine.double() - right).norm() <= 2 * (theirs.double() - right).norm() + 32 * EPS * right.norm() + 1e-6
+    assert torch.equal(got.phis[-1], target)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers) -> None:
+    nodes = inputs.paper("M1", gen, DIMS, torch.float32)
+    with pck.use_backend("cuda"), pytest.raises(pck.InferenceDiverged, match="layer 1"):
+        pck.infer(_x(gen), layers(nodes), target=_target(nodes, gen), steps=60, lr=1e4, precision="bf16_delta")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"trace": True}, "no trace"), ({"tol": 1e-3}, "tol is not written"), ({}, "KB of shared memory")],
+)
+def test_what_infer_cannot_do_it_says(options: dict, says: str, gen: torch.Generator, layers: Layers) -> None:
+    width = 8 if options else 1500
+    nodes = inputs.paper("M1", gen, (4, width, width, width, 3), torch.float32)
+    with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match=says):
+        pck.infer(_x(gen, 4), layers(nodes), steps=1, precision="bf16_delta", **options)

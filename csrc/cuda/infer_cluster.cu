@@ -7,13 +7,16 @@
 
 #include "cluster_body.h"
 #include "infer_cluster.h"
+#include "mma_lanes.h"
 
 namespace pc {
 namespace {
 
-constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kThreads = 256;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+constexpr int kLanes = 32, kWarps = kThreads / kLanes;
 
 struct Warp {
   int rank, size;
@@ -38,15 +41,6 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
-}
-
-__device__ __forceinline__ uint32_t pair_at(const Bf16* at) { return *reinterpret_cast<const uint32_t*>(at); }
-
-// A lane's share of left[0..15][k..k+15]
-__device__ __forceinline__ void load_left(uint32_t (&left)[4], const Bf16* from, int pitch, int k, int lane) {
-  const Bf16* at = from + (lane / 4) * pitch + k + (lane % 4) * 2;
-  left[0] = pair_at(at), left[1] = pair_at(at + 8 * pitch);
-  left[2] = pair_at(at + 8), left[3] = pair_at(at + 8 * pitch + 8);
 }
 
 struct Cta {
@@ -78,16 +72,17 @@ struct Cta {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, end = static_cast<int>(inner);
     for (int tile = static_cast<int>(threadIdx.x) / kLanes; tile < tiles; tile += kWarps) {
       const int first = static_cast<int>(column(tile));
-      const Bf16* row = right + (first + lane / 4) * static_cast<int>(right_pitch) + (lane % 4) * 2;
+      const Bf16* rows = right + first * static_cast<int>(right_pitch);
       float sums[4] = {0, 0, 0, 0};
 #pragma unroll 4
       for (int k = 0; k < end; k += 16) {
-        uint32_t share[4];
-        load_left(share, left, static_cast<int>(left_pitch), k, lane);
-        multiply(sums, share, pair_at(row + k), pair_at(row + k + 8));
+        uint32_t share[4], pairs[2];
+        load_left(share, left + k, static_cast<int>(left_pitch), lane);
+        load_right(pairs, rows + k, static_cast<int>(right_pitch), lane);
+        multiply(sums, share, pairs[0], pairs[1]);
       }
-      const int m = lane / 4, j = first + (lane % 4) * 2;
-      f(m, j, sums[0]), f(m, j + 1, sums[1]), f(m + 8, j, sums[2]), f(m + 8, j + 1, sums[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(sum_row(lane, i), first + sum_column(lane, i), sums[i]);
     }
     __syncthreads();
   }
@@ -100,11 +95,11 @@ struct Cta {
     for (int tile = static_cast<int>(threadIdx.x) / kLanes; tile < tiles; tile += kWarps) {
       const int64_t first = column(tile);
       if (first == kNowhere) continue;
-      const Bf16* corner = right + (lane % 16) * static_cast<int>(right_pitch) + first;  // 16 rows of 8 columns
+      const Bf16* corner = right + matrix_row(lane) * static_cast<int>(right_pitch) + first;
       float sums[4] = {0, 0, 0, 0};
       for (int k = 0; k < end; k += 16) {
         uint32_t share[4], pairs[2];
-        load_left(share, left, static_cast<int>(left_pitch), k, lane);
+        load_left(share, left + k, static_cast<int>(left_pitch), lane);
         const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(corner + k * static_cast<int>(right_pitch)));
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                      : "=r"(pairs[0]), "=r"(pairs[1])
@@ -112,9 +107,8 @@ struct Cta {
                      : "memory");
         multiply(sums, share, pairs[0], pairs[1]);
       }
-      const int m = lane / 4;
-      const int64_t j = first + (lane % 4) * 2;
-      f(m, j, tile, sums[0]), f(m, j + 1, tile, sums[1]), f(m + 8, j, tile, sums[2]), f(m + 8, j + 1, tile, sums[3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(sum_row(lane, i), first + sum_column(lane, i), tile, sums[i]);
     }
     __syncthreads();
   }

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pc_kernels import dispatch
 from pc_kernels.backends import native
 from pc_kernels.backends.native import layer_energies, layer_errors, update_phi_
 
-__all__ = ["layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_"]
+__all__ = ["infer", "layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_"]
 
-OPS = ("layer_energies", "layer_errors", "update_phi_")
+INFER = ("infer in bf16_delta", "infer in bf16")
+OPS = ("layer_energies", "layer_errors", "update_phi_", *INFER)
 OLDEST = (8, 0)  # compute capability
+CLUSTERS = (9, 0)  # the first with thread block clusters, which `infer` needs
 _DTYPES = (torch.float32, torch.bfloat16)
 _REMEDY = "install nvcc and a torch with CUDA, then PC_KERNELS_BUILD=cuda pip install --no-build-isolation ."
 
@@ -48,16 +53,29 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if tensor.dtype not in _DTYPES:
         name = str(tensor.dtype).removeprefix("torch.")
         return f"it computes in float32, from float32 or bfloat16, and a tensor is {name}"
-    return _old_device(tensor.device)
+    return _infer_reason(tensor) if op in INFER else _old_device(tensor.device, OLDEST)
+
+
+def _infer_reason(x: Tensor) -> str | None:
+    if x.dtype != torch.float32:
+        return f"infer takes float32, and a tensor is {str(x.dtype).removeprefix('torch.')}"
+    if dispatch.requested() != "cuda":
+        return "its infer has not yet run on hardware, and runs only where it is asked for by name"
+    return _old_device(x.device, CLUSTERS)
 
 
 @cache
-def _old_device(device: torch.device) -> str | None:
+def _old_device(device: torch.device, oldest: tuple[int, int]) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST:
+    if capability >= oldest:
         return None
-    return f"it needs compute capability {_dotted(OLDEST)}, and {device} has {_dotted(capability)}"
+    return f"it needs compute capability {_dotted(oldest)}, and {device} has {_dotted(capability)}"
 
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """T steps of a chain in one launch: (phis, deltas, trace, status)."""
+    return import_module("pc_kernels.backends.cuda_infer").infer(*args)

@@ -47,6 +47,63 @@ class Outcome:
     why: str
 
 
+class Emulated:
+    """The native ops of a CUDA build, on CPU tensors."""
+
+    @staticmethod
+    def infer_cluster(
+        weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, first_a, masks, holds, clamped,
+        moves_from, steps, momentum, differences,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        count, batch = len(weights), len(first_a[0])
+        nodes, kept = (ClusterNode * count)(), []
+
+        def keep(tensor: Tensor | None, *shape: int) -> int | None:
+            if tensor is None:
+                return None
+            kept.append(tensor.detach().expand(*shape).contiguous() if shape else tensor.detach().contiguous())
+            return pointer(kept[-1])
+
+        shapes = [(batch, weight.shape[0]) for weight in weights]
+        deltas = [torch.full(shape, float("nan")) for shape in shapes]
+        phis = [torch.full((0,) if held else shape, float("nan")) for shape, held in zip(shapes, clamped, strict=True)]
+        for l, shape in enumerate(shapes):
+            by_class = not starts[l].is_floating_point()
+            nodes[l] = ClusterNode(
+                activation=pc_math.ACTIVATIONS.index(activations[l]), energy=pc_math.ENERGIES.index(energies[l]),
+                feed=pc_math.ACTIVATIONS.index(feeds[l]), natural=rules[l] == "natural", clamped=clamped[l], lr=lrs[l],
+                moves_from=moves_from[l], weight=keep(weights[l]), bias=keep(biases[l]), first_a=keep(first_a[l]),
+                start=None if by_class else keep(starts[l]), index=keep(starts[l]) if by_class else None,
+                log_var=keep(log_vars[l]), mask=keep(masks[l], *shape), hold=keep(holds[l], *shape),
+                mask_sample=shape[1], hold_sample=shape[1], phi=pointer(phis[l]), delta=pointer(deltas[l]),
+            )  # fmt: skip
+        why = _run_host(nodes, [shape[1] for shape in shapes], batch, steps, momentum, differences)[2]
+        assert why == ""
+        return phis, deltas
+
+    @staticmethod
+    def cluster_refusal(widths, activations, energies, feeds, rules, clamped, momentum) -> str:
+        nodes = (ClusterNode * len(widths))()
+        for l in range(len(widths)):
+            feed = -1 if feeds[l] == "sample" else pc_math.ACTIVATIONS.index(feeds[l])
+            nodes[l] = ClusterNode(
+                activation=pc_math.ACTIVATIONS.index(activations[l]), energy=pc_math.ENERGIES.index(energies[l]),
+                feed=feed, natural=rules[l] == "natural", clamped=clamped[l],
+            )  # fmt: skip
+        return _run_host(nodes, widths, 0, 0, momentum, True)[2]
+
+
+def _run_host(nodes, widths, batch: int, steps: int, momentum: float, differences: bool) -> tuple[int, int, str]:
+    """Rounds, parts, and why it cannot run."""
+    found, why = (ctypes.c_int64 * 2)(), ctypes.create_string_buffer(400)
+    host, count = library("cluster"), len(widths)
+    assert host.size_of_cluster_node() == ctypes.sizeof(ClusterNode)
+    sizes = (ctypes.c_int64(count), ctypes.c_int64(batch), ctypes.c_int64(steps), ctypes.c_double(momentum))
+    room = ctypes.c_int64(400)
+    host.run_cluster(nodes, (ctypes.c_int64 * count)(*widths), *sizes, ctypes.c_bool(differences), found, why, room)
+    return found[0], found[1], why.value.decode()
+
+
 def _bf16(tensor: Tensor) -> Tensor:
     return tensor.bfloat16().double()
 
@@ -111,11 +168,5 @@ def run(
         )  # fmt: skip
         if l + 1 < count:
             v = node.passes(first[l], hidden[l], None, False)
-    widths = (ctypes.c_int64 * count)(*[node.weight.shape[0] for node in nodes])
-    found, why = (ctypes.c_int64 * 2)(), ctypes.create_string_buffer(400)
-    host = library("cluster")
-    assert host.size_of_cluster_node() == ctypes.sizeof(ClusterNode)
-    sizes = (ctypes.c_int64(count), ctypes.c_int64(batch), ctypes.c_int64(steps), ctypes.c_double(momentum))
-    differences = ctypes.c_bool(precision == "bf16_delta")
-    host.run_cluster(described, widths, *sizes, differences, found, why, ctypes.c_int64(400))
-    return Outcome(states, deltas, found[0], found[1], why.value.decode())
+    widths = [node.weight.shape[0] for node in nodes]
+    return Outcome(states, deltas, *_run_host(described, widths, batch, steps, momentum, precision == "bf16_delta"))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""`infer` on the cluster-resident kernel: the first pre-activations in plain torch, every move in one launch.
+
+The kernel repeats products, so it wants them all done once before: a_l at t = 0 and the states that go with it, exact
+in `bf16_delta`. After that nothing leaves the chip until the last move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pc_kernels.backends.reference_infer import Arguments, Chain
+from pc_kernels.dispatch import BACKENDS
+from pc_kernels.errors import BackendUnavailable
+from pc_kernels.schedule import Cone, sources
+
+NEVER = 2**62
+
+
+def _ops() -> Any:
+    return torch.ops.pc_kernels_native
+
+
+def refusal(args: Arguments) -> str | None:
+    """Why the kernel cannot run this call; None if it can."""
+    if args.trace:
+        return "it keeps the states on the chip and leaves no trace of the energies"
+    if args.tol >= 0:
+        return "it runs all steps: tol is not written in it"
+    widths = [weight.shape[0] for weight in args.weights]
+    names = (args.activations, args.energies, args.feeds, args.rules)
+    return _ops().cluster_refusal(widths, *names, args.clamped, args.momentum) or None
+
+
+def first_moves(args: Arguments) -> tuple[list[int], int]:
+    """Per node the move (from 0) in which it first moves, NEVER if it does not; and the products of all moves."""
+    free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis])
+    cone, first, products = Cone(free, source), [NEVER] * len(free), len(free)
+    for t in range(args.steps):
+        move = cone.advance()
+        first = [min(at, t) if moves else at for at, moves in zip(first, move.moves, strict=True)]
+        products += 2 * sum(move.moves[:-1])  # the kernel takes feedback from every layer above, without an error too
+    return first, products
+
+
+def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """T moves of a chain: (phis, deltas, no trace, status). BackendUnavailable where the kernel cannot run it."""
+    args = Arguments(*arguments)
+    why = refusal(args)
+    if why is not None:
+        raise BackendUnavailable(f"backend 'cuda' cannot run infer: {why}. Use use_backend('auto') to let one that can")
+    chain, (first, products) = Chain(args), first_moves(args)
+    phis, deltas = _ops().infer_cluster(
+        args.weights, args.biases, args.activations, args.energies, args.feeds, args.rules,
+        [args.lr * scale for scale in args.lr_scales], args.log_vars, chain.phi, chain.a, args.masks, args.holds,
+        args.clamped, first, args.steps, args.momentum, args.precision == "bf16_delta",
+    )  # fmt: skip
+    return phis, deltas, args.x.new_zeros(0, chain.size), _status(phis, args.steps, products)
+
+
+def _status(phis: list[Tensor], steps: int, products: int) -> Tensor:
+    """Without waiting for the device: the lowest layer with a state that is not finite, 0 if there is none."""
+    broken = torch.stack([~torch.isfinite(phi).all() for phi in phis])  # empty for a clamped node: finite
+    layer = torch.where(broken.any(), broken.to(torch.int64).argmax() + 1, 0)
+    counts = [torch.full_like(layer, number) for number in (steps, products, BACKENDS.index("cuda"))]
+    return torch.stack([*counts, layer, torch.full_like(layer, -1)])
