@@ -6,8 +6,11 @@ The budget is the README's, section 4: an error of delta at most twice that of p
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import cuda_host
 import inputs
@@ -216,3 +219,27 @@ def test_what_infer_cannot_do_it_says(options: dict, says: str, gen: torch.Gener
     nodes = inputs.paper("M1", gen, (4, width, width, width, 3), torch.float32)
     with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match=says):
         pck.infer(_x(gen, 4), layers(nodes), steps=1, precision="bf16_delta", **options)
+
+
+# ---------------------------------------------------------------- barriers
+
+
+def test_no_cta_reads_what_another_may_still_write(tmp_path: Path) -> None:
+    """ThreadSanitizer over the CTAs: it reports the race that a missing cluster barrier would be."""
+    source, program = cuda_host.HERE / "cluster_races.cpp", tmp_path / "races"
+    flags = ["-O1", "-g", "-std=c++17", "-fsanitize=thread", "-pthread", f"-I{cuda_host.ROOT / 'csrc'}"]
+    built = subprocess.run(
+        [str(cuda_host.CXX), *flags, str(source), "-o", str(program)], capture_output=True, text=True, check=False
+    )
+    if "tsan" in built.stderr:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    assert built.returncode == 0, built.stderr
+    run = (
+        [str(program)] if shutil.which("setarch") is None else ["setarch", "-R", str(program)]
+    )  # it wants plain addresses
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel")
+    assert done.returncode == 0, done.stdout + done.stderr[:3000]
+    rounds = [line.split() for line in done.stdout.splitlines()]
+    assert rounds == [["1", "1"], ["1", "1"], ["3", "4"]]
