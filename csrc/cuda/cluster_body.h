@@ -8,25 +8,14 @@
 // with a cluster barrier at each bar: after it what was sent has arrived, and what was read may be overwritten.
 #pragma once
 
-#include "cluster_nodes.h"
+#include "cluster_view.h"
 
 namespace pc {
 
-struct RowPair {  // of a softmax: the maximum, and the sum of e^(x - maximum); of a plain sum: 0, and the sum
-  float max, sum;
-};
-
-struct alignas(16) Eight {
-  Bf16 x[8];
-};
-
-enum Stat : int { kState, kPrediction, kDot };  // places of a node's row statistics
-
 template <class Exec>
-class ClusterBody {
+class ClusterBody : private ClusterView<Exec> {
  public:
-  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile)
-      : exec_(exec), run_(run), plan_(run.plan), tile_(tile) {}
+  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterView<Exec>(exec, run, tile) {}
 
   PC_HD void solve() {
     load();
@@ -37,67 +26,14 @@ class ClusterBody {
   }
 
  private:
-  // -------------------------------------------------------------------------------------------------------------------
-  // where things are
-
-  PC_HD const LayerPlan& plan(int64_t l) const { return plan_.layers[l]; }
-  PC_HD const ClusterNode& node(int64_t l) const { return run_.nodes[l]; }
-  PC_HD bool last(int64_t l) const { return l + 1 == plan_.count; }
-  PC_HD int64_t sample(int m) const {  // rows beyond the batch repeat its last sample, and are not written out
-    const int64_t b = tile_ * kTile + m;
-    return b < run_.batch ? b : run_.batch - 1;
-  }
-  PC_HD bool written(int m) const { return tile_ * kTile + m < run_.batch; }
-  PC_HD int64_t from(int64_t l) const { return plan(l).first[exec_.cta]; }
-  PC_HD int64_t columns(int64_t l) const {  // this CTA's, without padding
-    const int64_t end = plan(l).first[exec_.cta + 1], real = end < plan(l).width ? end : plan(l).width;
-    return real > from(l) ? real - from(l) : 0;
-  }
+  using Base = ClusterView<Exec>;
+  using Base::exec_, Base::run_, Base::plan_, Base::plan, Base::node, Base::last, Base::written, Base::from, Base::columns;
+  using Base::stats, Base::stat, Base::moves, Base::place, Base::kept, Base::held, Base::phi, Base::a, Base::log_var, Base::mu;
+  using Base::entries;
   template <class T>
-  PC_HD T* here(int64_t offset) const { return reinterpret_cast<T*>(exec_.base(exec_.cta) + offset); }
+  PC_HD T* here(int64_t offset) const { return Base::template here<T>(offset); }
   template <class T>
-  PC_HD T* there(int cta, int64_t offset) const { return reinterpret_cast<T*>(exec_.base(cta) + offset); }
-  PC_HD RowPair* stats(int cta, int64_t l, Stat which, int64_t of) const {
-    return there<RowPair>(cta, plan(l).stats) + (which * (kCluster + 1) + of) * kTile;
-  }
-  PC_HD RowPair stat(int64_t l, Stat which, int m) const { return stats(exec_.cta, l, which, kCluster)[m]; }
-  PC_HD bool moves(int64_t l, int64_t t) const { return t >= node(l).moves_from; }
-
-  PC_HD int64_t place(int64_t l, int m, int64_t j) const { return sample(m) * plan(l).width + from(l) + j; }
-  PC_HD bool kept(int64_t l, int m, int64_t j) const {
-    const ClusterNode& d = node(l);
-    return d.mask == nullptr || d.mask[sample(m) * d.mask_sample + from(l) + j];
-  }
-  PC_HD bool held(int64_t l, int m, int64_t j) const {
-    const ClusterNode& d = node(l);
-    return d.hold != nullptr && d.hold[sample(m) * d.hold_sample + from(l) + j];
-  }
-  PC_HD float phi(int64_t l, int m, int64_t j) const {
-    const ClusterNode& d = node(l);
-    if (!d.clamped) return here<float>(plan(l).phi)[m * plan(l).slice + j];
-    if (d.index != nullptr) return d.index[sample(m)] == from(l) + j ? 1.0f : 0.0f;
-    return d.start[place(l, m, j)];
-  }
-  PC_HD float a(int64_t l, int m, int64_t j) const {
-    return l == 0 ? node(0).first_a[place(0, m, j)] : here<float>(plan(l).a)[m * plan(l).slice + j];
-  }
-  PC_HD float log_var(int64_t l, int64_t j) const { return node(l).log_var == nullptr ? 0.0f : node(l).log_var[from(l) + j]; }
-  PC_HD float mu(int64_t l, int m, int64_t j) const {
-    if (!is_softmax(node(l).activation)) return activated(node(l).activation, a(l, m, j));
-    const RowPair row = stat(l, kPrediction, m);
-    return exp(a(l, m, j) - row.max) / row.sum;
-  }
-
-  // f(m, j) for the entries of this CTA's columns of node l, of those in [begin, end)
-  template <class F>
-  PC_HD void entries(int64_t l, int64_t begin, int64_t end, const F& f) const {
-    const int64_t most = columns(l);
-    const int width = static_cast<int>((end < most ? end : most) - begin);
-    if (width <= 0) return exec_.sync();
-    exec_.each(kTile * width, [&](int i) { f(i / width, begin + i % width); });
-  }
-  template <class F>
-  PC_HD void entries(int64_t l, const F& f) const { entries(l, 0, plan(l).slice, f); }
+  PC_HD T* there(int cta, int64_t offset) const { return Base::template there<T>(cta, offset); }
 
   // -------------------------------------------------------------------------------------------------------------------
   // rows, which lie across the cluster: send this CTA's part to all, later add up everybody's
@@ -180,7 +116,9 @@ class ClusterBody {
     exec_.each(rows * inputs, [&](int i) { to[i / inputs * plan(l).pitch + i % inputs] = to_bf16(weight[i]); });
   }
 
-  PC_HD bool needs_state_row(int64_t l) const { return plan(l).fed != kNowhere || (is_row_family(node(l).energy) && !node(l).clamped); }
+  PC_HD bool needs_state_row(int64_t l) const {
+    return plan(l).fed != kNowhere || (is_row_family(node(l).energy) && !node(l).clamped);
+  }
   PC_HD bool needs_prediction_row(int64_t l) const { return is_softmax(node(l).activation) || is_row_family(node(l).energy); }
   PC_HD bool needs_dot(int64_t l) const {
     return is_softmax(node(l).activation) || (is_row_family(node(l).energy) && node(l).clamped);
@@ -327,8 +265,8 @@ class ClusterBody {
       const int64_t owner = tile / each, within = begin + tile % each * 8;
       return below.first[owner] + within < below.first[owner + 1] ? below.first[owner] + within : kNowhere;
     };
-    exec_.product_transposed(here<Bf16>(p.delta), p.delta_pitch, here<Bf16>(p.weight), p.pitch, plan(l).first[exec_.cta + 1] - from(l),
-                             kCluster * each, column, [&](int m, int64_t k, int64_t tile, float x) {
+    exec_.product_transposed(here<Bf16>(p.delta), p.delta_pitch, here<Bf16>(p.weight), p.pitch,
+                             plan(l).first[exec_.cta + 1] - from(l), kCluster * each, column, [&](int m, int64_t k, int64_t tile, float x) {
                                const int owner = static_cast<int>(tile / each);
                                float* receive = there<float>(owner, p.receive) + exec_.cta * kTile * p.part;
                                receive[m * p.part + (k - below.first[owner] - begin)] = x;
@@ -427,16 +365,15 @@ class ClusterBody {
       entries(l, [&](int m, int64_t j) {
         if (!written(m)) return;
         if (l == 0) node(0).delta[place(0, m, j)] = delta(0, m, j);
-        if (!node(l).clamped) node(l).phi[place(l, m, j)] = phi(l, m, j);
+        if (node(l).clamped) return;
+        const float state = phi(l, m, j);
+        node(l).phi[place(l, m, j)] = state;
+        if (!(state - state == 0.0f)) exec_.lower(run_.diverged, l + 1);
       });
     }
     exec_.sync_cluster();  // no CTA leaves while another may still write to it
   }
 
-  const Exec& exec_;
-  const ClusterRun& run_;
-  const ClusterPlan& plan_;
-  const int64_t tile_;
 };
 
 }  // namespace pc

@@ -37,6 +37,7 @@ struct ClusterRun {
   int64_t batch, steps;
   float momentum;
   bool differences;  // bf16_delta: products of dv are added to the exact first a. Else (bf16) a is computed anew from v
+  int64_t* diverged;  // one number, 0 before: becomes the lowest node (from 1) with a state that is not finite
 };
 
 PC_HD bool is_row_family(Energy energy) { return energy == Energy::categorical; }

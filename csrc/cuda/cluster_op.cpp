@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
-// torch.ops.pc_kernels_native.infer_cluster: all moves of a chain whose first pre-activations and states are given; and
+// torch.ops.pc_kernels_native.infer_cluster: all moves of a chain whose first pre-activations and states are given (phis,
+// deltas, and the lowest node with a state that is not finite, from 1; 0: none); and
 // cluster_refusal, which says without running why a chain cannot have it. Only in builds with CUDA.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -108,7 +110,7 @@ ClusterCall describe_call(const ClusterRequest& request) {
   return call;
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> infer_cluster_op(
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> infer_cluster_op(
     Tensors weights, const Optionals& biases, const Names& activations, const Names& energies, const Names& feeds,
     const Names& rules, const c10::List<double>& lrs, const Optionals& log_vars, Tensors starts, Tensors first_a,
     const Optionals& masks, const Optionals& holds, const Flags& clamped, at::IntArrayRef moves_from, int64_t steps,
@@ -119,12 +121,15 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> infer_cluster_op(
                                           masks, holds, clamped, moves_from});
   const auto run = std::make_unique<ClusterRun>();
   const int64_t count = static_cast<int64_t>(call.nodes.size());
-  const std::string why = describe_cluster(call.nodes.data(), call.widths.data(), count, call.batch, steps, momentum, differences, *run);
+  const std::string why =
+      describe_cluster(call.nodes.data(), call.widths.data(), count, call.batch, steps, momentum, differences, *run);
   TORCH_CHECK_VALUE(why.empty(), "weights: wanted a chain for the cluster-resident kernel, got one that it cannot run: ", why);
   const c10::cuda::CUDAGuard guard(call.device);
+  const Tensor diverged = at::zeros({}, at::TensorOptions().dtype(at::kLong).device(call.device));
+  run->diverged = diverged.data_ptr<int64_t>();
   const char* error = infer_cluster(*run, c10::cuda::getCurrentCUDAStream(call.device.index()).stream());
   TORCH_CHECK(error == nullptr, "pc_kernels infer: the CUDA launch failed: ", error);
-  return {call.phi, call.delta};
+  return {call.phi, call.delta, diverged};
 }
 
 std::string cluster_refusal(at::IntArrayRef widths, const Names& activations, const Names& energies, const Names& feeds,
@@ -154,7 +159,7 @@ TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
   m.def(
       "infer_cluster(Tensor[] weights, Tensor?[] biases, str[] activations, str[] energies, str[] feeds, str[] rules, "
       "float[] lrs, Tensor?[] log_vars, Tensor[] starts, Tensor[] first_a, Tensor?[] masks, Tensor?[] holds, bool[] clamped, "
-      "int[] moves_from, int steps, float momentum, bool differences) -> (Tensor[], Tensor[])");
+      "int[] moves_from, int steps, float momentum, bool differences) -> (Tensor[], Tensor[], Tensor)");
   m.def(
       "cluster_refusal(int[] widths, str[] activations, str[] energies, str[] feeds, str[] rules, bool[] clamped, "
       "float momentum) -> str",

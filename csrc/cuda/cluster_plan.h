@@ -91,8 +91,8 @@ inline void place_resident(const LayerShape* shapes, int64_t l, ClusterPlan& pla
   layer.stats = shape.softmax ? take(end, 8 * kStats * (kCluster + 1) * kTile) : kNowhere;
 }
 
-// Layers 1.. in rounds from `from` on: first what a round gathers, then what it receives, so that a round may begin to gather while
-// the last one is still being added up. false if even one layer at a time needs more than `room`; `most`: what the rounds take.
+// Layers 1.. in rounds from `from` on: first what a round gathers, then what it receives, so that a round may begin to
+// gather while the last one is still being added up. false if even one layer at a time needs more than `room`; `most`: what the rounds take.
 inline bool place_rounds(ClusterPlan& plan, int64_t parts, int64_t from, int64_t room, int64_t& most) {
   int64_t gathers = 0, receives = 0, widest_gather = 0, widest_receive = 0;
   plan.parts = parts, plan.rounds = plan.count > 1 ? 1 : 0;
@@ -124,7 +124,9 @@ inline std::string plan_cluster(const LayerShape* shapes, int64_t count, bool mo
   plan.count = count, plan.momentum = momentum;
   int64_t end = 0;
   for (int64_t l = 0; l < count; ++l) {
-    if (shapes[l].width < 1 || shapes[l].width > INT32_MAX) return "layer " + std::to_string(l + 1) + " has no columns, or too many";
+    if (shapes[l].width < 1 || shapes[l].width > INT32_MAX) {
+      return "layer " + std::to_string(l + 1) + " has no columns, or too many";
+    }
     plan.layers[l].width = shapes[l].width;
     plan.layers[l].round = plan.layers[l].gather = plan.layers[l].receive = plan.layers[l].part = kNowhere;
     plan::share_columns(plan.layers[l]);

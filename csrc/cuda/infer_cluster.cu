@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The cluster-resident kernel (sm_90 and up): all T moves in one launch. What it computes, and in what order: cluster_body.h, which
-// the CPU tests run; where things lie: cluster_plan.h. Here is what a CTA is made of: 8 warps, products on the tensor cores, peers'
-// shared memory. Not yet run on hardware.
+// The cluster-resident kernel (sm_90 and up): all T moves in one launch. What it computes, and in what order:
+// cluster_body.h, which the CPU tests run; where things lie: cluster_plan.h. Here is what a CTA is made of: 8 warps,
+// products on the tensor cores, peers' shared memory. Not yet run on hardware.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -53,6 +53,18 @@ struct Cta {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
 
+  // the number becomes `to` where it is 0 (none yet) or more; whoever comes first, the lowest stays
+  __device__ __forceinline__ void lower(int64_t* number, int64_t to) const {
+    auto* word = reinterpret_cast<unsigned long long*>(number);
+    const auto wanted = static_cast<unsigned long long>(to);
+    unsigned long long found = *word;
+    while (found == 0 || found > wanted) {
+      const unsigned long long before = atomicCAS(word, found, wanted);
+      if (before == found) return;
+      found = before;
+    }
+  }
+
   template <class F>
   __device__ __forceinline__ void each(int count, const F& f) const {
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) f(i);
@@ -67,8 +79,8 @@ struct Cta {
 
   // f(m, column, sum over k < inner of left[m][k] right[column][k]) for the eight columns from column(tile) on of every tile
   template <class Column, class F>
-  __device__ __forceinline__ void product(const Bf16* left, int64_t left_pitch, const Bf16* right, int64_t right_pitch, int64_t inner,
-                                          int64_t tiles, const Column& column, const F& f) const {
+  __device__ __forceinline__ void product(const Bf16* left, int64_t left_pitch, const Bf16* right, int64_t right_pitch,
+                                          int64_t inner, int64_t tiles, const Column& column, const F& f) const {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, end = static_cast<int>(inner);
     for (int tile = static_cast<int>(threadIdx.x) / kLanes; tile < tiles; tile += kWarps) {
       const int first = static_cast<int>(column(tile));

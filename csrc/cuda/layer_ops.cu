@@ -43,7 +43,8 @@ const char* layer_errors_cuda(const NodeDesc* nodes, int64_t count, int64_t batc
 }
 
 const char* update_phi_cuda(const NodeDesc* nodes, int64_t count, int64_t batch, double momentum, Memory memory, void* stream) {
-  return launch(memory == Memory::float32 ? move_kernel<float> : move_kernel<Bf16>, nodes, count, batch, momentum, nullptr, stream);
+  const auto kernel = memory == Memory::float32 ? move_kernel<float> : move_kernel<Bf16>;
+  return launch(kernel, nodes, count, batch, momentum, nullptr, stream);
 }
 
 }  // namespace pc

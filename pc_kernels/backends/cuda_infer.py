@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc_kernels.backends.reference_infer import Arguments, Chain
+from pc_kernels.backends.reference_infer import Arguments, round_bf16
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
+from pc_kernels.node_math import feed_value
+from pc_kernels.pc_math import ACTIVATION_TABLE, ENERGY_TABLE
 from pc_kernels.schedule import Cone, sources
 
 NEVER = 2**62
@@ -52,18 +54,32 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     why = refusal(args)
     if why is not None:
         raise BackendUnavailable(f"backend 'cuda' cannot run infer: {why}. Use use_backend('auto') to let one that can")
-    chain, (first, products) = Chain(args), first_moves(args)
-    phis, deltas = _ops().infer_cluster(
+    states, pre = _start(args)
+    first, products = first_moves(args)
+    phis, deltas, diverged = _ops().infer_cluster(
         args.weights, args.biases, args.activations, args.energies, args.feeds, args.rules,
-        [args.lr * scale for scale in args.lr_scales], args.log_vars, chain.phi, chain.a, args.masks, args.holds,
+        [args.lr * scale for scale in args.lr_scales], args.log_vars, states, pre, args.masks, args.holds,
         args.clamped, first, args.steps, args.momentum, args.precision == "bf16_delta",
     )  # fmt: skip
-    return phis, deltas, args.x.new_zeros(0, chain.size), _status(phis, args.steps, products)
+    counts = [torch.full_like(diverged, number) for number in (args.steps, products, BACKENDS.index("cuda"))]
+    status = torch.stack([*counts, diverged, torch.full_like(diverged, -1)])
+    return phis, deltas, args.x.new_zeros(0, len(states)), status
 
 
-def _status(phis: list[Tensor], steps: int, products: int) -> Tensor:
-    """Without waiting for the device: the lowest layer with a state that is not finite, 0 if there is none."""
-    broken = torch.stack([~torch.isfinite(phi).all() for phi in phis])  # empty for a clamped node: finite
-    layer = torch.where(broken.any(), broken.to(torch.int64).argmax() + 1, 0)
-    counts = [torch.full_like(layer, number) for number in (steps, products, BACKENDS.index("cuda"))]
-    return torch.stack([*counts, layer, torch.full_like(layer, -1)])
+def _start(args: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+    """States (a clamped node: its target) and pre-activations at t = 0, by a forward pass."""
+    states: list[Any] = []
+    pre, v = [], args.x
+    for l, weight in enumerate(args.weights):
+        rounded = args.precision == "bf16"
+        left, right = (round_bf16(v), round_bf16(weight)) if rounded else (v, weight)
+        pre.append(torch.nn.functional.linear(left, right, args.biases[l]))
+        given, family = args.phis[l], ENERGY_TABLE[args.energies[l]]
+        if args.clamped[l]:  # the output: `refusal` has seen to it
+            states.append(args.phis[l])
+            break
+        phi = ACTIVATION_TABLE[args.activations[l]].value(pre[l]) if given is None else given
+        states.append(family.project(phi))
+        mask = args.masks[l] if family.name == "categorical" else None
+        v = feed_value(args.feeds[l], states[l], None, mask) if l + 1 < len(args.weights) else v
+    return states, pre

@@ -26,6 +26,13 @@ struct Cta {
   void sync() const {}
   void sync_cluster() const { pthread_barrier_wait(barrier); }
 
+  void lower(int64_t* number, int64_t to) const {
+    int64_t found = __atomic_load_n(number, __ATOMIC_RELAXED);
+    while (found == 0 || found > to) {
+      if (__atomic_compare_exchange_n(number, &found, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+    }
+  }
+
   template <class F>
   void each(int count, const F& f) const {
     for (int i = 0; i < count; ++i) f(i);
@@ -82,14 +89,16 @@ void run_tile(const pc::ClusterRun& run, int64_t tile) {
 
 extern "C" int64_t size_of_cluster_node() { return sizeof(pc::ClusterNode); }
 
-// 0 and the results in the nodes' phi and delta; or 1 and, in `why`, the reason. rounds, parts: of the plan
+// 0 and the results in the nodes' phi and delta; or 1 and, in `why`, the reason. found: rounds and parts of the plan, and the
+// lowest node that is not finite
 extern "C" int run_cluster(const pc::ClusterNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
                            double momentum, bool differences, int64_t* found, char* why, int64_t room) {
   const auto run = std::make_unique<pc::ClusterRun>();
   const std::string said = pc::describe_cluster(nodes, widths, count, batch, steps, momentum, differences, *run);
   std::strncpy(why, said.c_str(), room - 1);
   if (!said.empty()) return 1;
-  found[0] = run->plan.rounds, found[1] = run->plan.parts;
+  found[0] = run->plan.rounds, found[1] = run->plan.parts, found[2] = 0;
+  run->diverged = found + 2;
   for (int64_t tile = 0; tile * pc::kTile < batch; ++tile) run_tile(*run, tile);
   return 0;
 }

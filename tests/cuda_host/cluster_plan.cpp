@@ -5,8 +5,8 @@
 #include <cstring>
 
 // 0 and the plan; or 1 and, in `why`, the reason
-extern "C" int plan_cluster(const int64_t* widths, const bool* states, const bool* softmaxes, const bool* keeps, int64_t count, bool momentum,
-                            pc::ClusterPlan* plan, char* why, int64_t room) {
+extern "C" int plan_cluster(const int64_t* widths, const bool* states, const bool* softmaxes, const bool* keeps,
+                            int64_t count, bool momentum, pc::ClusterPlan* plan, char* why, int64_t room) {
   pc::LayerShape shapes[64];
   for (int64_t l = 0; l < count && l < 64; ++l) shapes[l] = {widths[l], states[l], softmaxes[l], keeps[l]};
   const std::string said = pc::plan_cluster(shapes, count, momentum, *plan);

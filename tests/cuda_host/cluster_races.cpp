@@ -39,7 +39,7 @@ bool run_network(const std::vector<int64_t>& widths, const std::vector<Kind>& ki
     node.first_a = memory.floats(kBatch * widths[l]), node.start = memory.floats(kBatch * widths[l]);
     node.phi = memory.floats(kBatch * widths[l]), node.delta = memory.floats(kBatch * widths[l]);
   }
-  int64_t found[2];
+  int64_t found[3];
   char why[400] = {};
   const int failed = run_cluster(nodes.data(), widths.data(), count, kBatch, kSteps, momentum, differences, found, why, 399);
   std::printf("%s %d %d\n", why, static_cast<int>(found[0]), static_cast<int>(found[1]));

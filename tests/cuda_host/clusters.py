@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import truth
@@ -54,7 +55,7 @@ class Emulated:
     def infer_cluster(
         weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, first_a, masks, holds, clamped,
         moves_from, steps, momentum, differences,
-    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
         count, batch = len(weights), len(first_a[0])
         nodes, kept = (ClusterNode * count)(), []
 
@@ -77,9 +78,9 @@ class Emulated:
                 log_var=keep(log_vars[l]), mask=keep(masks[l], *shape), hold=keep(holds[l], *shape),
                 mask_sample=shape[1], hold_sample=shape[1], phi=pointer(phis[l]), delta=pointer(deltas[l]),
             )  # fmt: skip
-        why = _run_host(nodes, [shape[1] for shape in shapes], batch, steps, momentum, differences)[2]
-        assert why == ""
-        return phis, deltas
+        found = _run_host(nodes, [shape[1] for shape in shapes], batch, steps, momentum, differences)
+        assert found.why == ""
+        return phis, deltas, torch.tensor(found.diverged)
 
     @staticmethod
     def cluster_refusal(widths, activations, energies, feeds, rules, clamped, momentum) -> str:
@@ -90,18 +91,24 @@ class Emulated:
                 activation=pc_math.ACTIVATIONS.index(activations[l]), energy=pc_math.ENERGIES.index(energies[l]),
                 feed=feed, natural=rules[l] == "natural", clamped=clamped[l],
             )  # fmt: skip
-        return _run_host(nodes, widths, 0, 0, momentum, True)[2]
+        return _run_host(nodes, widths, 0, 0, momentum, True).why
 
 
-def _run_host(nodes, widths, batch: int, steps: int, momentum: float, differences: bool) -> tuple[int, int, str]:
-    """Rounds, parts, and why it cannot run."""
-    found, why = (ctypes.c_int64 * 2)(), ctypes.create_string_buffer(400)
+class Found(NamedTuple):
+    rounds: int
+    parts: int
+    diverged: int  # the lowest node that is not finite
+    why: str  # it cannot run
+
+
+def _run_host(nodes, widths, batch: int, steps: int, momentum: float, differences: bool) -> Found:
+    found, why = (ctypes.c_int64 * 3)(), ctypes.create_string_buffer(400)
     host, count = library("cluster"), len(widths)
     assert host.size_of_cluster_node() == ctypes.sizeof(ClusterNode)
     sizes = (ctypes.c_int64(count), ctypes.c_int64(batch), ctypes.c_int64(steps), ctypes.c_double(momentum))
     room = ctypes.c_int64(400)
     host.run_cluster(nodes, (ctypes.c_int64 * count)(*widths), *sizes, ctypes.c_bool(differences), found, why, room)
-    return found[0], found[1], why.value.decode()
+    return Found(*found, why.value.decode())
 
 
 def _bf16(tensor: Tensor) -> Tensor:
@@ -169,4 +176,5 @@ def run(
         if l + 1 < count:
             v = node.passes(first[l], hidden[l], None, False)
     widths = [node.weight.shape[0] for node in nodes]
-    return Outcome(states, deltas, *_run_host(described, widths, batch, steps, momentum, precision == "bf16_delta"))
+    found = _run_host(described, widths, batch, steps, momentum, precision == "bf16_delta")
+    return Outcome(states, deltas, found.rounds, found.parts, found.why)

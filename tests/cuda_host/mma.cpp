@@ -34,7 +34,8 @@ void mma(float (&sums)[32][4], const uint32_t (&a)[32][4], const uint32_t (&b)[3
 void ldmatrix_x2_trans(uint32_t (&to)[32][2], const pc::Bf16* (&rows)[32]) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int matrix = 0; matrix < 2; ++matrix) {
-      const uint32_t low = rows[8 * matrix + 2 * (lane % 4)][lane / 4].bits, high = rows[8 * matrix + 2 * (lane % 4) + 1][lane / 4].bits;
+      const pc::Bf16* const* first = rows + 8 * matrix + 2 * (lane % 4);
+      const uint32_t low = first[0][lane / 4].bits, high = first[1][lane / 4].bits;
       to[lane][matrix] = low | high << 16;
     }
   }
