@@ -83,7 +83,7 @@ def extension() -> Extension:
         define_macros=macros + (cuda_macros() if cuda else []),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")],
     )
 
 

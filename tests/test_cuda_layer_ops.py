@@ -156,6 +156,17 @@ def test_a_fixed_point_is_exactly_zero(gen: torch.Generator) -> None:
             assert not found.any(), name
 
 
+@pytest.mark.parametrize("name", [name for name in truth.ENERGIES if name != "gaussian_diag"])
+def test_near_a_fixed_point_errors_keep_their_digits(name: str, gen: torch.Generator) -> None:
+    """phi - mu of 1e-5: the written forms would be noise."""
+    case = Case(name, gen, (3, 300), torch.float32, "free")
+    case.phi.copy_(case.mu * (1 + 1e-5 * inputs.normal(gen, *case.mu.shape)))
+    energy, want = _run([case], move=False)[0], case.errors()
+    assert case.grad_phi is not None
+    for mine, right in ((energy, want.energy), (case.grad_phi, want.grad_phi), (case.grad_mu, want.grad_mu)):
+        assert (mine.double() - right).norm() <= 1e-4 * right.norm()
+
+
 def test_a_class_out_of_range_is_seen(gen: torch.Generator) -> None:
     """A GPU cannot raise: the sample's energy says it."""
     case = Case("categorical", gen, (3, 5), torch.float32, "index")

@@ -19,7 +19,7 @@ from pc_kernels import dispatch
 from pc_kernels.backends import native
 from pc_kernels.backends.native import layer_energies, layer_errors, update_phi_
 
-__all__ = ["infer", "layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_"]
+__all__ = ["explain_infer", "infer", "layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_"]
 
 INFER = ("infer in bf16_delta", "infer in bf16")
 OPS = ("layer_energies", "layer_errors", "update_phi_", *INFER)
@@ -79,3 +79,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain in one launch: (phis, deltas, trace, status)."""
     return import_module("pc_kernels.backends.cuda_infer").infer(*args)
+
+
+def explain_infer(*args: Any) -> str:
+    """One line about how `infer` would run with these arguments, or why it cannot."""
+    return import_module("pc_kernels.backends.cuda_infer").explained(*args)

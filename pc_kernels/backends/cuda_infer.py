@@ -37,6 +37,14 @@ def refusal(args: Arguments) -> str | None:
     return _ops().cluster_refusal(widths, *names, args.clamped, args.momentum) or None
 
 
+def explained(*arguments: Any) -> str:
+    """One line about how `infer` would run with these arguments."""
+    why = refusal(Arguments(*arguments))
+    if why is not None:
+        return f"cuda: the cluster-resident kernel cannot run this: {why}"
+    return "cuda: cluster-resident kernel, 16 samples a cluster, one launch for all steps; not yet run on hardware"
+
+
 def first_moves(args: Arguments) -> tuple[list[int], int]:
     """Per node the move (from 0) in which it first moves, NEVER if it does not; and the products of all moves."""
     free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis])
