@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The compiled part of the build; everything else is in pyproject.toml.
 
-PC_KERNELS_BUILD=auto|cpu|cuda (default auto): whether the CUDA sources are joined in. Decided by nvcc and
-torch.version.cuda, never by the presence of a GPU, which a build machine need not have.
+PC_KERNELS_BUILD=auto|cpu|cuda (default auto, which for now is cpu): whether the CUDA sources are joined in. `cuda` wants
+nvcc and a torch with CUDA, never a GPU, which a build machine need not have.
 """
 
 import os
@@ -25,9 +25,20 @@ except ImportError as missing:
     )
 
 
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST does not say otherwise
+
+
 def cuda_sources() -> list[str]:
-    """CUDA sources, relative to the root."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    """Kernels and their torch side, relative to the root."""
+    folder = ROOT / "csrc" / "cuda"
+    return sorted(str(path.relative_to(ROOT)) for kind in ("*.cu", "*.cpp") for path in folder.glob(kind))
+
+
+def cuda_macros() -> list[tuple[str, str | None]]:
+    """Tells the sources that CUDA is there, and for which architectures: those that torch will compile for."""
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    listed = architectures.replace(" ", "_").replace(";", "_")
+    return [("PC_WITH_CUDA", None), ("PC_KERNELS_CUDA_ARCHITECTURES", listed)]
 
 
 def why_no_cuda() -> str | None:
@@ -36,8 +47,6 @@ def why_no_cuda() -> str | None:
         return f"the installed torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         return "nvcc was not found (install the CUDA toolkit or set CUDA_HOME)"
-    if not cuda_sources():
-        return "there are no CUDA sources in csrc/cuda yet"
     return None
 
 
@@ -49,7 +58,7 @@ def with_cuda() -> bool:
     missing = why_no_cuda()
     if mode == "cuda" and missing is not None:
         sys.exit(f"PC_KERNELS_BUILD=cuda: wanted a CUDA build, but {missing}")
-    return mode != "cpu" and missing is None
+    return mode == "cuda"  # "auto" leaves CUDA out until a GPU has run it: an unproved build must not break an install
 
 
 def extension() -> Extension:
@@ -71,10 +80,10 @@ def extension() -> Extension:
     return (CUDAExtension if cuda else CppExtension)(
         "pc_kernels._C",
         sources,
-        define_macros=macros + ([("PC_WITH_CUDA", None)] if cuda else []),
+        define_macros=macros + (cuda_macros() if cuda else []),
         extra_compile_args=compile_args,
         extra_link_args=link_args,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")],
     )
 
 

@@ -38,10 +38,17 @@ void check_count(const char* argument, size_t got, size_t wanted) {
   TORCH_CHECK_VALUE(got == wanted, argument, ": wanted ", wanted, " entries, one per node, got ", got);
 }
 
+namespace {
+void check_device(const char* argument, const Tensor& tensor, const Call& call) {
+  TORCH_CHECK_VALUE(tensor.device() == call.device, argument, ": wanted a tensor on ", call.device, ", got one on ",
+                    tensor.device());
+}
+}  // namespace
+
 void check_like(const char* argument, const Tensor& tensor, const Call& call) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == call.dtype, argument, ": wanted ", call.dtype, " as the other tensors, got ",
                    tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), argument, ": wanted a CPU tensor, got one on ", tensor.device());
+  check_device(argument, tensor, call);
 }
 
 bool broadcasts(at::IntArrayRef from, at::IntArrayRef to) {
@@ -58,8 +65,9 @@ void set_mask(Call& call, const char* argument, const std::optional<Tensor>& giv
   stride = 0;
   if (!given.has_value()) return;
   TORCH_CHECK_TYPE(given->scalar_type() == at::kBool, argument, ": wanted a bool tensor, got ", given->scalar_type());
-  TORCH_CHECK_VALUE(given->device().is_cpu() && broadcasts(given->sizes(), shape), argument,
-                    ": wanted a CPU mask that broadcasts to ", shape, ", got ", given->sizes());
+  check_device(argument, *given, call);
+  TORCH_CHECK_VALUE(broadcasts(given->sizes(), shape), argument, ": wanted a ", c10::DeviceTypeName(call.device.type()),
+                    " mask that broadcasts to ", shape, ", got ", given->sizes());
   std::vector<int64_t> full = shape.vec();
   const bool shared = given->dim() < static_cast<int64_t>(full.size()) || given->size(0) == 1;
   if (shared) full[0] = 1;
@@ -69,10 +77,10 @@ void set_mask(Call& call, const char* argument, const std::optional<Tensor>& giv
 }
 
 const int64_t* checked_indices(Call& call, const Tensor& target, int64_t classes) {
-  TORCH_CHECK_VALUE(target.device().is_cpu(), "phis: wanted a CPU tensor, got one on ", target.device());
+  check_device("phis", target, call);
   const Tensor indices = call.keep(target);
   const int64_t* index = indices.data_ptr<int64_t>();
-  for (int64_t i = 0; i < indices.numel(); ++i) {
+  for (int64_t i = 0; i < (call.device.is_cpu() ? indices.numel() : 0); ++i) {
     TORCH_CHECK_VALUE(index[i] >= 0 && index[i] < classes, "phis: wanted class indices within 0..", classes - 1, ", got ",
                       index[i]);
   }

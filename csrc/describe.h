@@ -33,6 +33,7 @@ void check_count(const char* argument, size_t got, size_t wanted);
 struct Call {
   std::vector<Tensor> kept;
   at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
   int64_t batch = 0;
 
   Tensor keep(const Tensor& tensor) {
@@ -48,7 +49,7 @@ bool broadcasts(at::IntArrayRef from, at::IntArrayRef to);
 void set_mask(Call& call, const char* argument, const std::optional<Tensor>& given, at::IntArrayRef shape,
               const uint8_t*& pointer, int64_t& stride);
 
-// Class indices, all within [0, classes).
+// Class indices, all within [0, classes). On a GPU nobody looks (that would wait for it): there the sample's energy is NaN.
 const int64_t* checked_indices(Call& call, const Tensor& target, int64_t classes);
 
 }  // namespace pc

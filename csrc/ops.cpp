@@ -16,12 +16,16 @@
 #include <cmath>
 #include <iterator>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "describe.h"
+#if defined(PC_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace pc {
 namespace {
@@ -110,7 +114,10 @@ NodeCall describe(Tensors phis, Tensors mus, const Extras& extras, const Flags* 
   if (clamped) check_count("clamped", clamped->size(), count);
   NodeCall call;
   call.dtype = mus[0].scalar_type();
-  TORCH_CHECK_TYPE(call.dtype == at::kFloat || call.dtype == at::kDouble, "mus: wanted float32 or float64, got ", call.dtype);
+  call.device = mus[0].device();
+  const at::ScalarType second = call.device.is_cpu() ? at::kDouble : at::kBFloat16;
+  TORCH_CHECK_TYPE(call.dtype == at::kFloat || call.dtype == second, "mus: wanted float32 or ", second, " on ", call.device,
+                   ", got ", call.dtype);
   TORCH_CHECK_VALUE(mus[0].dim() >= 1, "mus: wanted (batch, ..., width), got a scalar");
   call.batch = mus[0].size(0);
   call.nodes.reserve(count);
@@ -120,8 +127,15 @@ NodeCall describe(Tensors phis, Tensors mus, const Extras& extras, const Flags* 
 
 Tensor run_errors(const NodeCall& call) {
   const int64_t count = static_cast<int64_t>(call.nodes.size());
-  Tensor energy = at::empty({count, call.batch}, at::TensorOptions().dtype(call.dtype));
+  const at::ScalarType dtype = call.dtype == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor energy = at::empty({count, call.batch}, at::TensorOptions().dtype(dtype).device(call.device));
   if (call.batch == 0) return energy;
+#if defined(PC_WITH_CUDA)
+  if (call.device.is_cuda()) {
+    errors_on_device(call.nodes, call.batch, call, energy.data_ptr<float>());
+    return energy;
+  }
+#endif
   if (call.dtype == at::kFloat) {
     layer_errors_cpu(call.nodes.data(), count, call.batch, energy.data_ptr<float>());
   } else {
@@ -139,7 +153,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> layer_errors(
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   NodeCall call = describe(phis, mus, {energies, log_vars, masks, holds}, &clamped);
   std::vector<Tensor> grad_phi, grad_mu;
-  const auto options = at::TensorOptions().dtype(call.dtype);
+  const auto options = at::TensorOptions().dtype(call.dtype).device(call.device);
   for (size_t l = 0; l < call.nodes.size(); ++l) {
     NodeDesc& node = call.nodes[l];
     grad_mu.push_back(at::empty(mus[l].sizes(), options));
@@ -214,6 +228,18 @@ void set_motion(NodeCall& call, Tensors phis, const Motion& motion, InPlace& in_
   }
 }
 
+void run_update(const NodeCall& call, double momentum) {
+  const int64_t count = static_cast<int64_t>(call.nodes.size());
+#if defined(PC_WITH_CUDA)
+  if (call.device.is_cuda()) return update_on_device(call.nodes, call.batch, call, momentum);
+#endif
+  if (call.dtype == at::kFloat) {
+    update_phi_cpu<float>(call.nodes.data(), count, call.batch, momentum);
+  } else {
+    update_phi_cpu<double>(call.nodes.data(), count, call.batch, momentum);
+  }
+}
+
 void update_phi_(Tensors phis, Tensors mus, const Optionals& feedback, const Names& energies, const Names& rules, double lr,
                  double momentum, Tensors velocities, const c10::List<double>& lr_scales, const Optionals& log_vars,
                  const Optionals& masks, const Optionals& holds) {
@@ -226,12 +252,7 @@ void update_phi_(Tensors phis, Tensors mus, const Optionals& feedback, const Nam
   if (call.batch == 0) return;
   for (const Tensor& phi : phis) phi.unsafeGetTensorImpl()->bump_version();
   for (const Tensor& velocity : velocities) velocity.unsafeGetTensorImpl()->bump_version();
-  const int64_t count = static_cast<int64_t>(call.nodes.size());
-  if (call.dtype == at::kFloat) {
-    update_phi_cpu<float>(call.nodes.data(), count, call.batch, momentum);
-  } else {
-    update_phi_cpu<double>(call.nodes.data(), count, call.batch, momentum);
-  }
+  run_update(call, momentum);
   in_place.finish();
 }
 
@@ -259,9 +280,14 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "unknown";
 #endif
-  info["cuda_architectures"] = pybind11::list();
-  pybind11::list backends;
+  pybind11::list architectures, backends;
   backends.append("cpp");
+#if defined(PC_WITH_CUDA)
+  backends.append("cuda");
+  std::stringstream listed(PC_TEXT(PC_KERNELS_CUDA_ARCHITECTURES));
+  for (std::string one; std::getline(listed, one, '_');) architectures.append(one);
+#endif
+  info["cuda_architectures"] = architectures;
   info["backends"] = backends;
   return info;
 }
@@ -282,11 +308,15 @@ TORCH_LIBRARY(pc_kernels_native, m) {
       "-> ()");
 }
 
-TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) {
-  m.impl("layer_errors", &pc::layer_errors);
-  m.impl("layer_energies", &pc::layer_energies);
-  m.impl("update_phi_", &pc::update_phi_);
-}
+#define PC_LAYER_OPS(m)                            \
+  m.impl("layer_errors", &pc::layer_errors);     \
+  m.impl("layer_energies", &pc::layer_energies); \
+  m.impl("update_phi_", &pc::update_phi_)
+
+TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { PC_LAYER_OPS(m); }
+#if defined(PC_WITH_CUDA)
+TORCH_LIBRARY_IMPL(pc_kernels_native, CUDA, m) { PC_LAYER_OPS(m); }
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled backend of pc_kernels; its ops are in torch.ops.pc_kernels_native.";

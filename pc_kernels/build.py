@@ -8,7 +8,7 @@ from typing import Any
 
 from pc_kernels.backends import native, triton_backend
 
-UNPROVED = ("triton",)  # no GPU has run them; benchmarks.gpu_gate would
+UNPROVED = ("cuda", "triton")  # no GPU has run them; benchmarks.gpu_gate would
 
 
 def build_info() -> dict[str, Any]:

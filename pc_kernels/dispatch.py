@@ -24,6 +24,7 @@ BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpp", "reference")  # in the ord
 ENVIRONMENT = "PC_KERNELS_BACKEND"
 
 _MODULES = {
+    "cuda": "pc_kernels.backends.cuda_backend",
     "triton": "pc_kernels.backends.triton_backend",
     "cpp": "pc_kernels.backends.native",
     "reference": "pc_kernels.backends.reference",

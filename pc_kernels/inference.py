@@ -174,6 +174,7 @@ def explain(
         f"network: {widths}, batch {x.shape[0]}, products in {products}",
         f"schedule: {schedule}",
     ]
-    if dispatch.chosen(task, telling) == "triton":
-        lines.append(dispatch.module("triton").explain_infer(*arguments))
+    chosen = dispatch.chosen(task, telling)
+    if chosen in ("cuda", "triton"):
+        lines.append(dispatch.module(chosen).explain_infer(*arguments))
     return "\n".join(lines)

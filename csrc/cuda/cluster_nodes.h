@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+// What the cluster kernel is told, and the formulas of one entry of a node as it needs them; host and device.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "../pc_math.h"
+#include "bfloat16.h"
+#include "cluster_plan.h"
+
+namespace pc {
+
+// One layer and the node that it predicts; pointers to global memory, float32, rows of `width`; null means none.
+struct ClusterNode {
+  Activation activation;
+  Energy energy;
+  int feed;            // an Activation; not read of the last node
+  bool natural, clamped;
+  float lr;
+  int64_t moves_from;  // the first move in which phi changes; more than any step: never
+
+  const float *weight, *bias;  // (width, width below), (width,)
+  const float* first_a;        // (batch, width): pre-activations at t = 0: exact for bf16_delta, of bfloat16 operands for bf16
+  const float* start;          // (batch, width): phi at t = 0, or the target
+  const int64_t* index;        // (batch,): the target as classes
+  const float* log_var;        // (width,)
+  const uint8_t *mask, *hold;  // 1 = takes part; 1 = held
+  int64_t mask_sample, hold_sample;
+
+  float *phi, *delta;  // (batch, width), out; phi of a free node only
+};
+
+struct ClusterRun {
+  ClusterPlan plan;
+  ClusterNode nodes[kMaxLayers];
+  int64_t batch, steps;
+  float momentum;
+  bool differences;  // bf16_delta: products of dv are added to the exact first a. Else (bf16) a is computed anew from v
+  int64_t* diverged;  // one number, 0 before: becomes the lowest node (from 1) with a state that is not finite
+};
+
+PC_HD bool is_row_family(Energy energy) { return energy == Energy::categorical; }
+PC_HD bool is_softmax(int activation) { return activation == static_cast<int>(Activation::softmax); }
+PC_HD bool is_softmax(Activation activation) { return activation == Activation::softmax; }
+
+// Why the kernel cannot run such a node; empty: it can.
+inline std::string refusal(const ClusterNode& node, bool last) {
+  if (node.energy == Energy::categorical && is_softmax(node.activation)) {
+    return "softmax before a categorical node, whose softmax it has already, is not written in it";
+  }
+  const bool softmax_feed = !last && is_softmax(node.feed);
+  if (node.energy == Energy::gaussian_full) return "gaussian_full nodes are not written in it";
+  if (node.clamped) return last ? "" : "an inner node that is held as a whole is not written in it";
+  if (softmax_feed && !node.natural) return "the Euclidean step of a node that feeds on its softmax is not written in it";
+  if (node.energy == Energy::categorical && !node.natural) return "the Euclidean step of a categorical node is not written in it";
+  return "";
+}
+
+inline LayerShape shape_of(const ClusterNode& node, int64_t width, bool last) {
+  const bool fed = !last && !node.clamped && is_softmax(node.feed);
+  return {width, !node.clamped, fed || is_softmax(node.activation) || is_row_family(node.energy), fed};
+}
+
+// Fills in `run`; why the kernel cannot have the chain, or an empty string. widths[l]: of node l.
+inline std::string describe_cluster(const ClusterNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
+                                    double momentum, bool differences, ClusterRun& run) {
+  if (count < 2) return "a single layer has no products to repeat";
+  LayerShape shapes[kMaxLayers];
+  for (int64_t l = 0; l < count && l < kMaxLayers; ++l) {
+    const bool last = l + 1 == count;
+    const std::string why = refusal(nodes[l], last);
+    if (!why.empty()) return "node " + std::to_string(l + 1) + ": " + why;
+    run.nodes[l] = nodes[l];
+    shapes[l] = shape_of(nodes[l], widths[l], last);
+  }
+  run.batch = batch, run.steps = steps, run.momentum = static_cast<float>(momentum), run.differences = differences;
+  return plan_cluster(shapes, count, momentum != 0, run.plan);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// one entry; a softmax, which needs the row, gives NaN
+
+template <class F>
+PC_HD float value_of(float a) {
+  if constexpr (std::is_same_v<F, Softmax>) return NAN;
+  else return F::value(a);
+}
+template <class F>
+PC_HD float pulled_by(float a, float mu, float grad) {
+  if constexpr (std::is_same_v<F, Softmax>) return NAN;
+  else return F::vjp(a, mu, grad);
+}
+
+PC_HD float activated(Activation activation, float a) {  // all but softmax
+  switch (activation) {
+#define PC_CASE(name, type) \
+  case Activation::name: return value_of<type>(a);
+    PC_ACTIVATIONS(PC_CASE)
+#undef PC_CASE
+  }
+  return NAN;
+}
+
+PC_HD float pulled(Activation activation, float a, float mu, float grad) {
+  switch (activation) {
+#define PC_CASE(name, type) \
+  case Activation::name: return pulled_by<type>(a, mu, grad);
+    PC_ACTIVATIONS(PC_CASE)
+#undef PC_CASE
+  }
+  return NAN;
+}
+
+// dE/dphi or dE/dmu of an entry of a family of single entries
+template <int W, class F>
+PC_HD Local<float> entry_of(bool clamped, float phi, float mu, float log_var) {
+  if constexpr (!std::is_base_of_v<Elementwise, F>) {
+    return {NAN, NAN, NAN};
+  } else {
+    if constexpr (F::kOwnTarget && (W & kGradPhi) == 0) {
+      if (clamped) return F::template target<W>(phi, mu);
+    }
+    return F::template free<W>(phi, mu, log_var);
+  }
+}
+
+template <int W>
+PC_HD Local<float> entry_of(Energy energy, bool clamped, float phi, float mu, float log_var) {
+  switch (energy) {
+#define PC_CASE(name, type) \
+  case Energy::name: return entry_of<W, type>(clamped, phi, mu, log_var);
+    PC_ENERGIES(PC_CASE)
+#undef PC_CASE
+  }
+  return {NAN, NAN, NAN};
+}
+
+}  // namespace pc

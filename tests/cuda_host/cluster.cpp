@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT
+// The cluster-resident kernel on the CPU: a thread for each CTA, a loop for its threads; same plan, same body.
+#include <pthread.h>
+
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cuda/cluster_body.h"
+
+namespace {
+
+struct Alone {  // the team of one thread
+  int rank = 0, size = 1;
+  float sum(float x) const { return x; }
+  float max(float x) const { return x; }
+};
+
+struct Cta {
+  int cta;
+  std::vector<std::vector<float>>* memory;
+  pthread_barrier_t* barrier;
+
+  char* base(int of) const { return reinterpret_cast<char*>((*memory)[of].data()); }
+  void sync() const {}
+  void sync_cluster() const { pthread_barrier_wait(barrier); }
+
+  void lower(int64_t* number, int64_t to) const {
+    int64_t found = __atomic_load_n(number, __ATOMIC_RELAXED);
+    while (found == 0 || found > to) {
+      if (__atomic_compare_exchange_n(number, &found, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return;
+    }
+  }
+
+  template <class F>
+  void each(int count, const F& f) const {
+    for (int i = 0; i < count; ++i) f(i);
+  }
+  template <class F>
+  void rows(const F& f) const {
+    for (int m = 0; m < pc::kTile; ++m) f(m, Alone{});
+  }
+  template <class Column, class F>
+  void product(const pc::Bf16* left, int64_t left_pitch, const pc::Bf16* right, int64_t right_pitch, int64_t inner, int64_t tiles,
+               const Column& column, const F& f) const {
+    for (int64_t i = 0; i < 8 * tiles; ++i) {
+      const int64_t j = column(i / 8) + i % 8;
+      for (int m = 0; m < pc::kTile; ++m) {
+        float x = 0;
+        for (int64_t k = 0; k < inner; ++k) x += pc::widen(left[m * left_pitch + k]) * pc::widen(right[j * right_pitch + k]);
+        f(m, j, x);
+      }
+    }
+  }
+  template <class Column, class F>
+  void product_transposed(const pc::Bf16* left, int64_t left_pitch, const pc::Bf16* right, int64_t right_pitch, int64_t inner,
+                          int64_t tiles, const Column& column, const F& f) const {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = column(tile);
+      for (int64_t j = first; first != pc::kNowhere && j < first + 8; ++j) {
+        for (int m = 0; m < pc::kTile; ++m) {
+          float x = 0;
+          for (int64_t k = 0; k < inner; ++k) x += pc::widen(left[m * left_pitch + k]) * pc::widen(right[k * right_pitch + j]);
+          f(m, j, tile, x);
+        }
+      }
+    }
+  }
+};
+
+void run_tile(const pc::ClusterRun& run, int64_t tile) {
+  std::vector<std::vector<float>> memory(pc::kCluster);  // fresh memory is NaN
+  for (auto& one : memory) one.assign(run.plan.bytes / 4, NAN);
+  pthread_barrier_t barrier;
+  pthread_barrier_init(&barrier, nullptr, pc::kCluster);
+  std::vector<std::thread> threads;
+  for (int c = 0; c < pc::kCluster; ++c) {
+    threads.emplace_back([&, c] {
+      const Cta cta{c, &memory, &barrier};
+      pc::ClusterBody<Cta>(cta, run, tile).solve();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  pthread_barrier_destroy(&barrier);
+}
+
+}  // namespace
+
+extern "C" int64_t size_of_cluster_node() { return sizeof(pc::ClusterNode); }
+
+// 0 and the results in the nodes' phi and delta; or 1 and, in `why`, the reason. found: rounds and parts of the plan, and the
+// lowest node that is not finite
+extern "C" int run_cluster(const pc::ClusterNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
+                           double momentum, bool differences, int64_t* found, char* why, int64_t room) {
+  const auto run = std::make_unique<pc::ClusterRun>();
+  const std::string said = pc::describe_cluster(nodes, widths, count, batch, steps, momentum, differences, *run);
+  std::strncpy(why, said.c_str(), room - 1);
+  if (!said.empty()) return 1;
+  found[0] = run->plan.rounds, found[1] = run->plan.parts, found[2] = 0;
+  run->diverged = found + 2;
+  for (int64_t tile = 0; tile * pc::kTile < batch; ++tile) run_tile(*run, tile);
+  return 0;
+}

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""The backend `cuda` where there is no GPU: what it answers, how it is built, that its torch side compiles."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_host
+import pytest
+import setuptools
+import torch
+from torch.utils import cpp_extension
+
+import pc_kernels as pck
+from pc_kernels import dispatch
+from pc_kernels.backends import cuda_backend, native
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """As if the extension had been built with CUDA and a GPU were there."""
+    cuda_backend.unavailable_reason.cache_clear()
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_architectures": ["8.0"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    yield monkeypatch
+    cuda_backend.unavailable_reason.cache_clear()
+
+
+def test_what_is_missing_is_named(built: pytest.MonkeyPatch) -> None:
+    tensor = torch.zeros(2, 2)
+    assert "weather is not written in CUDA C++" in (cuda_backend.supports("weather", [tensor]) or "")
+    assert "a tensor is on cpu" in (cuda_backend.supports("layer_errors", [tensor]) or "")
+    for remove, says in (
+        (lambda: built.setattr(torch.cuda, "is_available", lambda: False), "no CUDA device"),
+        (lambda: built.setattr(native, "build_info", lambda: {"cuda_architectures": []}), "PC_KERNELS_BUILD=cuda"),
+        (lambda: built.setattr(native, "unavailable_reason", lambda: "it is not built"), "it is not built"),
+    ):
+        remove()
+        cuda_backend.unavailable_reason.cache_clear()
+        assert says in (cuda_backend.supports("layer_errors", [tensor]) or "")
+
+
+class OnDevice:
+    """All that `supports` reads of a tensor."""
+
+    device = torch.device("cuda:0")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "says"),
+    [
+        ((9, 0), torch.float32, None),
+        ((8, 0), torch.bfloat16, None),
+        ((9, 0), torch.float64, "a tensor is float64"),
+        ((7, 5), torch.float32, "compute capability 8.0, and cuda:0 has 7.5"),
+    ],
+)
+def test_dtypes_and_devices(
+    built: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, says: str | None
+) -> None:
+    built.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda_backend._old_device.cache_clear()
+    why = cuda_backend.supports("update_phi_", [OnDevice(dtype)])  # type: ignore[list-item]
+    cuda_backend._old_device.cache_clear()
+    assert (why is None) if says is None else (says in (why or ""))
+
+
+def test_infer_is_for_those_who_ask(built: pytest.MonkeyPatch) -> None:
+    """It has not run on hardware: `auto` does not take it."""
+    built.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    cuda_backend._old_device.cache_clear()
+    x = [OnDevice(torch.float32)]
+    with pck.use_backend("auto"):
+        assert "asked for by name" in (cuda_backend.supports("infer in bf16", x) or "")  # type: ignore[arg-type]
+    with pck.use_backend("cuda"):
+        assert "needs compute capability 9.0" in (cuda_backend.supports("infer in bf16", x) or "")  # type: ignore[arg-type]
+        assert "not written" in (cuda_backend.supports("infer", x) or "")  # type: ignore[arg-type]
+    cuda_backend._old_device.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asked_for_by_name_it_refuses() -> None:
+    with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match="cuda"):
+        pck.layer_energies([torch.zeros(2, 2)], [torch.zeros(2, 2)], ["gaussian"])
+    assert "cuda" not in pck.build_info()["backends"]
+    assert dispatch.reason("cuda", "infer", [torch.zeros(2, 2)]) is not None
+
+
+# ---------------------------------------------------------------- the build
+
+
+def _extension(monkeypatch: pytest.MonkeyPatch, **environment: str) -> setuptools.Extension:
+    """What setup.py asks for on a machine with nvcc and a torch with CUDA."""
+    found: list[setuptools.Extension] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(str(cuda_host.NVCC)).parent.parent))
+    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: found.extend(ext_modules))
+    for name in ("TORCH_CUDA_ARCH_LIST", "PC_KERNELS_BUILD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(cuda_host.ROOT / "setup.py"), run_name="__main__")
+    return found[0]
+
+
+@pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
+def test_a_cuda_build_takes_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda")
+    folder = cuda_host.ROOT / "csrc" / "cuda"
+    assert {f"csrc/cuda/{path.name}" for path in folder.glob("*.c*") if path.suffix in (".cu", ".cpp")} <= {
+        *extension.sources
+    }
+    assert ("PC_WITH_CUDA", None) in extension.define_macros
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0a;10.0+PTX"
+
+
+@pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
+def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, TORCH_CUDA_ARCH_LIST="9.0a 12.0")
+    assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "9.0a_12.0"
+
+
+def test_a_cpu_build_has_no_cuda_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cpu")
+    assert not any("cuda" in source for source in extension.sources)
+
+
+TORCH = Path(torch.__file__).parent / "include"
+HEADERS = (TORCH, TORCH / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"])
+TOOLKIT = next((path for path in map(Path, ("/usr/local/cuda/include",)) if (path / "cuda_runtime.h").exists()), None)
+MACROS = ("PC_WITH_CUDA", "PC_KERNELS_VERSION=1", "PC_KERNELS_TORCH=2", "PC_KERNELS_CUDA_ARCHITECTURES=8.0_9.0a")
+
+
+@pytest.mark.skipif(cuda_host.CXX is None or TOOLKIT is None, reason="no C++ compiler or no CUDA toolkit")
+@pytest.mark.parametrize("source", ["ops.cpp", "cuda/launch.cpp", "cuda/cluster_op.cpp"])
+def test_the_torch_side_compiles(source: str, tmp_path: Path) -> None:
+    """A torch for the CPU has torch's CUDA headers but for one, which is generated: it gets a stand-in."""
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    folders = [*HEADERS, TOOLKIT, *([] if torch.version.cuda else [tmp_path])]
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+    flags += [f"-D{macro}" for macro in MACROS] + [f"-isystem{folder}" for folder in folders]
+    path = cuda_host.ROOT / "csrc" / source
+    done = subprocess.run([str(cuda_host.CXX), *flags, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
