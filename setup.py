@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The compiled part of the build; everything else is in pyproject.toml.
 
-PC_KERNELS_BUILD=auto|cpu|cuda (default auto, which for now is cpu): whether the CUDA sources are joined in. `cuda` wants
-nvcc and a torch with CUDA, never a GPU, which a build machine need not have.
+PC_KERNELS_BUILD=auto|cpu|cuda (default auto, which for now is cpu): whether the CUDA sources are joined in. `cuda`
+wants nvcc and a torch with CUDA, never a GPU, which a build machine need not have.
 """
 
 import os

@@ -126,12 +126,13 @@ def test_a_cuda_build_takes_every_source(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
 def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = _extension(monkeypatch, TORCH_CUDA_ARCH_LIST="9.0a 12.0")
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a 12.0")
     assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "9.0a_12.0"
 
 
-def test_a_cpu_build_has_no_cuda_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cpu")
+@pytest.mark.parametrize("mode", ["cpu", "auto"])
+def test_a_cpu_build_has_no_cuda_source(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD=mode)
     assert not any("cuda" in source for source in extension.sources)
 
 
