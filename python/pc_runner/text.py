@@ -120,7 +120,7 @@ def _sentences(lines: Iterable[str]) -> Iterator[str]:
 
 # pydoc: CPython's own language reference
 _BLOCK = re.compile(r"\n\s*\n|\n(?=\s*\* )")  # paragraphs and the items of lists
-_MARK = re.compile(r"(?:\*|\d+\.|\[\d+\]) ")  # what stands before the text of an item or a footnote
+_MARK = re.compile(r"^(?:\*|\d+\.|\[\d+\]) ")  # what stands before the text of an item or a footnote
 _NO_PROSE = re.compile(r"::=|>>>|\*{4}|={4}|-{4}|\|  | # ")  # grammar, sessions, headings, tables, code
 _SENTENCE_END = re.compile(r'(?<=[.!?])\s+(?=["“(*]?[A-Z])')
 _SENTENCE = re.compile(r'["“(*]*[A-Z].*[.!?:][)"”*]*')
@@ -147,7 +147,7 @@ def _prose(text: str) -> Iterator[str]:
         paragraph = " ".join(block.split())
         if _NO_PROSE.search(paragraph):
             continue
-        for piece in _SENTENCE_END.split(_MARK.sub("", paragraph) if _MARK.match(paragraph) else paragraph):
+        for piece in _SENTENCE_END.split(_MARK.sub("", paragraph)):
             if _SENTENCE.fullmatch(piece) and piece.count(" ") >= 3:
                 yield piece
 
@@ -188,21 +188,21 @@ def _usual_names(folder: Path, role: str) -> list[str]:
     if not found:
         remedy = f"name them {role}.txt (.gz, .xz) or put them into a folder {role}, for each of {', '.join(ROLES)}"
         raise DataError(folder, f"holds no {role} files", remedy)
-    return [re.sub(r"([*?[])", r"[\1]", name) for name in found]
+    return [re.sub(r"([*?[])", r"[\1]", name) for name in sorted(found)]
 
 
 def _matches(folder: Path, role: str, patterns: Sequence[str]) -> list[Path]:
-    """The files that match, in the order of their paths. Every pattern must match one."""
-    found: set[Path] = set()
+    """The files that match, in the order of the patterns and of their paths. Every pattern must match one."""
+    found: dict[Path, None] = {}
     for pattern in patterns:
         try:
-            paths = {path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")}
+            paths = [path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith(".")]
         except (ValueError, NotImplementedError) as error:
             raise DataError(folder, f"{pattern!r} is no pattern ({error})", "write it relative, as a*.txt") from None
         if not paths:
             raise DataError(folder, f"no file matches {pattern!r}", f"put the {role} text there, or correct the name")
-        found |= paths
-    return sorted(found)
+        found |= dict.fromkeys(sorted(paths))
+    return list(found)
 
 
 def _read(paths: list[Path]) -> Iterator[str]:
