@@ -7,13 +7,10 @@ where it is known, and the remedy. Nothing is unpacked to disk.
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import math
 import re
 import struct
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pc_runner.sources import DAMAGE, DataError, check_int, data_folders, load_hf, unpack
+
 NAMES = ("digits", "mnist", "cifar10", "hf:NAME")
 
 _CIFAR_BATCH = re.compile(r"(?:^|/)(data_batch_\d+|test_batch)\.bin$")
@@ -31,15 +30,6 @@ _CIFAR_FOLDER = "cifar-10-batches-bin"
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # one label byte, then the R, G and B planes
 _HF_LABELS = ("label", "labels", "fine_label")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
-_DAMAGE = (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zlib.error)  # what a decompressor says of bad input
-
-
-class DataError(ValueError):
-    """Images that cannot be had. `str()` is one line: the file, what is wrong, the byte where known, the remedy."""
-
-    def __init__(self, where: object, problem: str, remedy: str, offset: int | None = None) -> None:
-        at = "" if offset is None else f" (byte {offset})"
-        super().__init__(" ".join(f"{where}: {problem}{at}; {remedy}".splitlines()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +83,7 @@ def load_images(name: str, data_dir: str | Path | None = None, limit: int | None
         ValueError: `limit` below 1. TypeError: `limit` not an int.
     """
     if limit is not None:
-        _check_int("limit", limit, least=1)
+        check_int("limit", limit, least=1)
     try:
         raw = _load_raw(name, None if data_dir is None else Path(data_dir).expanduser(), limit)
     except OSError as error:  # a folder that may not be read, a disk that fails
@@ -117,8 +107,8 @@ def load_images(name: str, data_dir: str | Path | None = None, limit: int | None
 
 def count_batches(n: int, batch_size: int) -> int:
     """How many batches `batches` makes of `n` samples: n / batch_size, rounded up."""
-    _check_int("n", n, least=0)
-    _check_int("batch_size", batch_size, least=1)
+    check_int("n", n, least=0)
+    check_int("batch_size", batch_size, least=1)
     return -(-n // batch_size)
 
 
@@ -133,27 +123,20 @@ def batches(n: int, batch_size: int, *, seed: int, epoch: int, skip: int = 0) ->
     """
     count = count_batches(n, batch_size)
     for name, value in (("seed", seed), ("epoch", epoch), ("skip", skip)):
-        _check_int(name, value, least=0)
+        check_int(name, value, least=0)
     # SeedSequence mixes the pair: with seed + epoch, run 0's epoch 1 would repeat run 1's epoch 0.
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
     return (order[i * batch_size : (i + 1) * batch_size] for i in range(skip, count))
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}; pass a whole number >= {least}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}; pass a whole number >= {least}")
-
-
 def _load_raw(name: str, data_dir: Path | None, limit: int | None) -> _Raw:
     if name == "digits":
         return _digits()
     if name == "mnist":
-        return _mnist(_folders(name, data_dir))
+        return _mnist(data_folders(name, data_dir))
     if name == "cifar10":
-        return _cifar10(_folders(name, data_dir))
+        return _cifar10(data_folders(name, data_dir))
     if isinstance(name, str) and re.match("hf:.", name):
         return _hf(name, data_dir, limit)
     raise DataError(f"data {name!r}", "unknown name", f"use one of {', '.join(NAMES)}")
@@ -162,15 +145,6 @@ def _load_raw(name: str, data_dir: Path | None, limit: int | None) -> _Raw:
 def _unit_rows(images: NDArray[np.uint8], white: int) -> Tensor:
     """(N, C, H, W) bytes -> (N, C*H*W) float32 in [0, 1], in memory of its own."""
     return torch.from_numpy(np.divide(images.reshape(len(images), -1), white, dtype=np.float32))
-
-
-def _folders(name: str, data_dir: Path | None) -> list[Path]:
-    """Where the files of `name` may be: `data_dir` and `data_dir/name`, as far as they exist."""
-    if data_dir is None:
-        raise DataError(name, "no data folder was given", f"name the folder that holds the {name} files (--data-dir)")
-    if not data_dir.is_dir():
-        raise DataError(data_dir, "is not a folder", f"name the folder that holds the {name} files (--data-dir)")
-    return [folder for folder in (data_dir, data_dir / name) if folder.is_dir()]
 
 
 def _check_labels(labels: NDArray[Any], classes: int, where: object, first: int, stride: int) -> None:
@@ -227,7 +201,7 @@ def _find_idx(folders: list[Path], stem: str) -> Path:
 
 def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """An IDX file of unsigned bytes: magic 00 00 08 ndim, `ndim` big-endian sizes, the bytes. Offsets are unpacked."""
-    data, remedy = _gunzip(path), "the file is damaged or cut off: fetch it again"
+    data, remedy = unpack(path), "the file is damaged or cut off: fetch it again"
     header = 4 + 4 * ndim
     if len(data) < header:
         raise DataError(path, f"the IDX header of {header} bytes is cut off", remedy, len(data))
@@ -242,19 +216,6 @@ def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     if promised == header:
         raise DataError(path, "holds no images or labels", "put the whole file there", 4)
     return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
-
-
-def _gunzip(path: Path) -> bytes:
-    """The bytes of a file, unpacked if it is gzip: told by its first bytes, as browsers unpack but keep the name."""
-    data = path.read_bytes()
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except _DAMAGE as error:
-        problem = f"the gzip file of {len(data):,} bytes cannot be unpacked ({error})"
-        end = len(data) if isinstance(error, EOFError) else None
-        raise DataError(path, problem, "it is damaged or cut off: fetch it again", end) from None
 
 
 # CIFAR-10: the binary version
@@ -301,7 +262,7 @@ def _read_tar(path: Path) -> dict[str, bytes]:
                 stream = tar.extractfile(member) if match and member.isfile() else None
                 if match and stream:
                     files[match[1]] = stream.read()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         problem = f"the tar of {path.stat().st_size:,} bytes cannot be read {f'after {name}' if name else 'at all'}"
         raise DataError(path, f"{problem} ({error})", "it is damaged or cut off: fetch it again") from None
     return files
@@ -339,15 +300,7 @@ def _hf(name: str, cache_dir: Path | None, limit: int | None) -> _Raw:
 
 def _hf_splits(name: str, cache_dir: Path | None) -> tuple[Any, Any, str]:
     """The training and the test split, and what to say of the latter if it is another."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(name, f"`datasets` cannot be imported ({error})", "pip install 'pc-kernels[hf]'") from None
-    try:
-        found = datasets.load_dataset(name.removeprefix("hf:"), cache_dir=str(cache_dir) if cache_dir else None)
-    except Exception as error:  # network, hub, parquet, cache: `datasets` has no common base class
-        problem = f"cannot be loaded ({type(error).__name__}: {error})"
-        raise DataError(name, problem, "check the name, the network, or the files of a local folder") from None
+    found = load_hf(name, cache_dir)
     test = next((split for split in ("test", "validation") if split in found), "")
     if "train" not in found or not test or not len(found["train"]) or not len(found[test]):
         remedy = "choose a data set with a train and a test (or validation) split that hold images"
