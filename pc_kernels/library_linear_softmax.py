@@ -3,6 +3,7 @@
 differentiated). As in library.py the backend is chosen when the op runs.
 
 v (R, V), weight (D, V), bias (D,) or None, target (R,) int64 or (R, D), mask (R,) bool or None: already checked.
+energy: "categorical" or "gaussian", the output's family.
 Returns energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,); the last two are empty where not asked for.
 """
 
@@ -19,16 +20,18 @@ OP = "linear_softmax_errors"
 
 _library = torch.library.Library("pc_kernels", "FRAGMENT")
 _library.define(
-    f"{OP}(Tensor v, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, bool weight_grads, str precision) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"{OP}(Tensor v, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, bool weight_grads, str precision, "
+    "str energy='categorical') -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _run(v: Tensor, *rest: Any) -> Any:
-    return dispatch.module(dispatch.choose(OP, [v])).linear_softmax_errors(v, *rest)
+    *given, energy = rest
+    op = OP if energy == "categorical" else f"{OP} of {energy}"
+    return dispatch.module(dispatch.choose(op, [v])).linear_softmax_errors(v, *given, energy)
 
 
-def _fake(v, weight, bias, target, mask, weight_grads, precision):
+def _fake(v, weight, bias, target, mask, weight_grads, precision, energy="categorical"):
     energy = v.new_empty(v.shape[0], dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     grad_weight = v.new_empty(weight.shape if weight_grads else 0)
     grad_bias = v.new_empty(weight.shape[0] if weight_grads and bias is not None else 0)
@@ -40,7 +43,7 @@ def _mark(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _no_backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    return (None,) * 7
+    return (None,) * 8
 
 
 _library.impl(OP, _run, "CompositeExplicitAutograd")

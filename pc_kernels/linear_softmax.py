@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A linear layer into a clamped categorical node, for large vocabularies: checks and the op call; no math."""
+"""A linear layer and a softmax into a clamped node, for large vocabularies: checks and the op call; no math."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pc_kernels import checks, library_linear_softmax
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISIONS = ("fp32", "tf32", "bf16")
+ENERGIES = ("categorical", "gaussian")
 
 assert library_linear_softmax.OP  # importing it defines the op
 
@@ -35,10 +36,13 @@ def linear_softmax_errors(
     mask: Tensor | None = None,
     weight_grads: bool = True,
     precision: str = "fp32",
+    energy: str = "categorical",
 ) -> LinearSoftmaxErrors:
-    """Energy and gradients of a categorical output clamped to `target` behind a linear layer, without its logits.
+    """Energy and gradients of a softmax output clamped to `target` behind a linear layer, without its logits.
 
-        a = v W^T + b,  q = softmax(a),  E = sum o ln(o / q) in nats (0 ln 0 = 0),  delta = dE/da = q sum(o) - o
+        a = v W^T + b,  q = softmax(a)
+        "categorical":  E = sum o ln(o / q) in nats (0 ln 0 = 0),  delta = dE/da = q sum(o) - o
+        "gaussian":     E = 1/2 sum (q - o)^2  (the paper's PC_F),  delta = q * (r - <q, r>),  r = q - o
         grad_v = delta W,  grad_weight = sum over rows of delta^T v,  grad_bias = sum over rows of delta
 
     v: (..., V), any number of rows; weight: (D, V); bias: (D,) or None; float32, float64, bfloat16 or float16, all
@@ -47,6 +51,7 @@ def linear_softmax_errors(
     there. weight_grads=False leaves the weights' gradients out: the steps of an inference need only grad_v.
     precision: of the matrix products; "fp32", "tf32" or "bf16" (operands rounded, delta among them, accumulated in
     float32). float64 runs in float64.
+    energy: of the output, see above.
 
     Returns LinearSoftmaxErrors(energy (...,) float32, float64 of float64; grad_v, grad_weight, grad_bias of v's dtype).
     The (rows, D) logits exist a part at a time only, never more than 2^23 entries. Nothing is differentiable: these are
@@ -60,16 +65,17 @@ def linear_softmax_errors(
     _check_target(target, v, rows, classes, mask)
     checks.flag("weight_grads", weight_grads)
     checks.choice("precision", precision, PRECISIONS)
+    checks.choice("energy", energy, ENERGIES)
     if precision != "fp32" and v.dtype == torch.float64:
         remedy = "float64 runs in float64 throughout; or pass v.float()"
         checks.fail("precision", "'fp32' with float64 input", repr(precision), remedy)
     count = math.prod(rows)
-    energy, grad_v, grad_weight, grad_bias = torch.ops.pc_kernels.linear_softmax_errors(
+    rows_energy, grad_v, grad_weight, grad_bias = torch.ops.pc_kernels.linear_softmax_errors(
         v.reshape(count, v.shape[-1]), weight, bias, target.reshape(count, *target.shape[len(rows) :]),
-        None if mask is None else mask.reshape(count), weight_grads, precision,
+        None if mask is None else mask.reshape(count), weight_grads, precision, energy,
     )  # fmt: skip
     return LinearSoftmaxErrors(
-        energy.view(rows),
+        rows_energy.view(rows),
         grad_v.view(v.shape),
         grad_weight if weight_grads else None,
         grad_bias if weight_grads and bias is not None else None,

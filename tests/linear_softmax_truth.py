@@ -48,7 +48,7 @@ def problem(
     ).to(dtype)
 
 
-def truth(given: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+def truth(given: Problem, dtype: torch.dtype = torch.float64, family: str = "categorical") -> list[Tensor | None]:
     """energy, grad_v, grad_weight, grad_bias. Another dtype: what plain torch makes of it."""
     given = given.to(dtype)
     bias = given.bias
@@ -57,7 +57,10 @@ def truth(given: Problem, dtype: torch.dtype = torch.float64) -> list[Tensor | N
     logits = v @ weight.T + (rest[0] if rest else 0.0)
     classes = weight.shape[0]
     o = given.target if given.target.is_floating_point() else torch.eye(classes, dtype=dtype)[given.target]
-    energy = (torch.xlogy(o, o) - torch.where(o > 0, o * logits.log_softmax(-1), 0.0)).sum(-1)
+    if family == "gaussian":
+        energy = 0.5 * (logits.softmax(-1) - o).square().sum(-1)
+    else:
+        energy = (torch.xlogy(o, o) - torch.where(o > 0, o * logits.log_softmax(-1), 0.0)).sum(-1)
     if given.mask is not None:
         energy = torch.where(given.mask, energy, 0.0)
     grads = torch.autograd.grad(energy.sum(), leaves)

@@ -44,10 +44,23 @@ def same(got: pck.LinearSoftmaxErrors, want: list[Tensor | None], rtol: float = 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [1, 7, 129, 1031])
 @pytest.mark.parametrize("width", [1, 5, 128])
-def test_float64_is_exact(kind: str, classes: int, width: int, gen: torch.Generator) -> None:
+@pytest.mark.parametrize("energy", ["categorical", "gaussian"])
+def test_float64_is_exact(kind: str, classes: int, width: int, energy: str, gen: torch.Generator) -> None:
     for rows, bias, masked in itertools.product([(1,), (2, 3, 4)], [False, True], [False, True]):
         given = problem(gen, rows, classes, width, kind, bias, masked)
-        same(run(given), truth(given))
+        same(run(given, energy=energy), truth(given, family=energy))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [7, 1031])
+def test_squared_errors_in_float32_are_as_good_as_plain_torch(kind: str, classes: int, gen: torch.Generator) -> None:
+    given = problem(gen, (40,), classes, 128, kind, masked=True, dtype=torch.float32)
+    exact, plain = truth(given, family="gaussian"), truth(given, torch.float32, "gaussian")
+    for got, want, beside in zip(run(given, energy="gaussian"), exact, plain, strict=True):
+        assert got is not None
+        assert want is not None
+        assert beside is not None
+        assert distance(got, want) <= 2 * distance(beside, want) + 4 * EPS
 
 
 @pytest.mark.usefixtures("poison")

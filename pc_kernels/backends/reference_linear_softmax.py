@@ -22,6 +22,7 @@ def linear_softmax_errors(
     mask: Tensor | None,
     weight_grads: bool,
     precision: str,
+    family: str = "categorical",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,) of rows v (R, V); see the public function."""
     dtype, rounded = v.dtype, _ROUNDING[precision]
@@ -34,12 +35,13 @@ def linear_softmax_errors(
     energy, grad_v = x.new_empty(rows), torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_w = x.new_zeros(w.shape if weight_grads else 0)
     grad_b = x.new_zeros(classes if weight_grads and bias is not None else 0)
+    errors_ = _errors_ if family == "categorical" else _squared_errors_
     step = max(1, CHUNK_ENTRIES // classes)
     logits = x.new_empty(min(step, rows), classes)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         a = torch.addmm(b, x[part], w.T, out=logits[: x[part].shape[0]])
-        energy[part] = _errors_(a, target[part], None if mask is None else mask[part])
+        energy[part] = errors_(a, target[part], None if mask is None else mask[part])
         delta = rounded(a)
         torch.mm(delta, w, out=grad_v[part])
         if weight_grads:
@@ -65,4 +67,21 @@ def _errors_(a: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     if hidden is not None:
         energy.masked_fill_(hidden, 0.0)
         log_q.masked_fill_(hidden[:, None], 0.0)
+    return energy
+
+
+def _squared_errors_(a: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """1/2 sum (q - o)^2 of the rows of logits a (R, D), which become delta = q (r - <q, r>), r = q - o, in place."""
+    q = torch.softmax(a, -1)
+    if target.is_floating_point():
+        o = target.to(a.dtype) if mask is None else target.to(a.dtype).masked_fill(~mask[:, None], 0.0)
+        torch.sub(q, o, out=a)
+    else:
+        index = (target if mask is None else target.masked_fill(~mask, 0)).unsqueeze(-1)
+        a.copy_(q).scatter_add_(-1, index, a.new_full((), -1.0).expand(index.shape))
+    energy = 0.5 * a.square().sum(-1)
+    a.sub_((q * a).sum(-1, keepdim=True)).mul_(q)
+    if mask is not None:
+        energy.masked_fill_(~mask, 0.0)
+        a.masked_fill_(~mask[:, None], 0.0)
     return energy

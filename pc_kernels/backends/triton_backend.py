@@ -119,5 +119,5 @@ def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def linear_softmax_errors(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,)."""
-    return import_module("pc_kernels.backends.triton_linear_softmax").linear_softmax_errors(*args)
+    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,), of the family that `supports` takes."""
+    return import_module("pc_kernels.backends.triton_linear_softmax").linear_softmax_errors(*args[:-1])

@@ -25,6 +25,8 @@ def obstacle(engine_kind: str, nodes: Nodes, moves: Moves) -> str | None:
         return "the module's step is taped anew every time"
     if moves.tol is not None:
         return "tol reads back from the device"
+    if moves.rates is not None:
+        return "the lr changes from move to move"
     if moves.optimizer is not None or nodes.pairs:
         return "Adam and pairs of torch.distributions run launch by launch"
     return None if nodes.free and moves.steps else "nothing moves"
@@ -99,7 +101,8 @@ class Captures:
     @staticmethod
     def _addresses(nodes: Nodes) -> tuple[int, ...]:
         """Tensors that the graph reads where they lie."""
-        read: Sequence[Tensor | None] = [*nodes.masks, *(s.hold for s in nodes.states), *nodes.log_vars]
+        heads = [p for s in nodes.states if s.head is not None for p in (s.head.weight, s.head.bias)]
+        read: Sequence[Tensor | None] = [*nodes.masks, *(s.hold for s in nodes.states), *nodes.log_vars, *heads]
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in read)
 
     def __deepcopy__(self, memo: Any) -> Captures:

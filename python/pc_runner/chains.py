@@ -133,6 +133,8 @@ def _kind(node: fx.Node, program: Program) -> Any:
 
 
 def _stage(linear: nn.Linear, acts: Sequence[str], node: PCNode) -> Stage:
+    if node.linear is not None:
+        raise _NoChain("its output is one operator with its linear layer")
     if len(acts) > 1 or isinstance(node.energy, Pair):
         raise _NoChain("two activations in a row, or a pair of torch.distributions")
     return Stage(linear, acts[0] if acts else "identity", node, node.feed)

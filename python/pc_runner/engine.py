@@ -173,7 +173,7 @@ def _key(program: Program, states: Sequence[State], fixed: Fixed) -> Any:
         return repr(value)
 
     nodes = tuple(
-        (s.name, s.free, repr(s.node.energy), s.node.fed, s.node.natural, s.mask is None, s.noise is None)
+        (s.name, s.free, repr(s.node.energy), s.node.fed, s.node.natural, s.mask is None, s.noise is None, s.head)
         for s in states
     )  # fmt: skip
     inputs = tuple(repr(value) for value in fixed.inputs if not isinstance(value, Tensor))

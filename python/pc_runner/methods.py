@@ -56,7 +56,7 @@ def start(
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
     nodes = Nodes(states, seed=int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0)
-    nodes.energies(nodes.phis(), [state.mu for state in states])  # raises now what the loop would raise
+    nodes.check()
     return Task(owner, program, request.inputs, nodes, rng, moves, traces, captures, optimizer)
 
 
@@ -260,7 +260,7 @@ def infer_epc(task: Task) -> Result:
         run.note(found)
         if not run.still_active(step, lambda: grads):  # noqa: B023 - called here
             break
-        _move_errors(nodes, errors_now, grads, moves, speeds, adam, run.active)
+        _move_errors(nodes, errors_now, grads, moves.at(step), speeds, adam, run.active)
     found, _ = _error_pass(task, errors_now)
     run.note(found)
     check_finite(nodes, run.rows)

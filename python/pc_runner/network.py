@@ -99,7 +99,7 @@ class PCNetwork(nn.Module):
         x: Tensor | Sequence[Any],
         y: Any = None,
         steps: int = 32,
-        lr: float | None = None,
+        lr: float | Sequence[float] | None = None,
         momentum: float = 0.0,
         tol: float | None = None,
         algorithm: str = "pc",
@@ -117,7 +117,7 @@ class PCNetwork(nn.Module):
         x: what the module takes, a tensor (B, ...) or a tuple of arguments.
         y: the target that clamps the output: class indices (B, ...) or probabilities (B, ..., D) for a categorical
         output, values otherwise; a tuple with one entry per output; None leaves it free.
-        lr: None is 0.1; 1 for "zil" (always) and "fixed_prediction".
+        lr: one for all moves, or a list with one per move; None is 0.1; 1 for "zil" (always) and "fixed_prediction".
         algorithm: "pc"; "ipc" (the weights step, too, by `optimizer`); "fixed_prediction" and "zil" (backpropagation's
         gradient by local moves); "epc" (errors move instead of states); "bp" (the feed-forward states and the output's
         energy alone; the settings of the moves are then without effect).
@@ -134,7 +134,7 @@ class PCNetwork(nn.Module):
             fail("lr", "1 and no momentum with algorithm='zil'", f"{lr}, {momentum}", "leave both out")
         settings = {"steps": steps, "lr": lr, "momentum": momentum, "tol": tol, "clamp": clamp, "noise": noise}
         settings |= {"phis": phis, "precision": precision, "trace": trace}
-        if state_optimizer in (None, "sgd"):
+        if state_optimizer in (None, "sgd") and not isinstance(lr, (list, tuple)):
             call = self._chain_call(x, y, masks, settings, algorithm)
             if call is not None:
                 return infer_chain(call, algorithm)
@@ -142,7 +142,9 @@ class PCNetwork(nn.Module):
             fail("precision", "'fp32' outside pck.infer's chains", repr(precision), "the module computes as it likes")
         moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace)
         request = Request(_inputs(x), y, phis, clamp, masks, noise)
-        return METHODS[algorithm](start(self, self._program(), request, moves, self._traces, self._captures, optimizer))
+        return METHODS[algorithm](
+            start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
+        )
 
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
@@ -177,13 +179,13 @@ class PCNetwork(nn.Module):
         if call is not None:
             return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)
         moves = read_moves(1, 0.1, 0.0, None, None, False)
-        task = start(self, self._program(), Request(_inputs(x), y), moves, self._traces, self._captures)
+        task = start(self, self._program(y), Request(_inputs(x), y), moves, self._traces, self._captures)
         return _account(task, self._find_chain().reason)
 
-    def _program(self) -> Program:
+    def _program(self, targets: Any = True) -> Program:
         if self._sequential:
             return sequential_program(cast("nn.Sequential", self.module), self._listed())
-        return make_program(self.module, self._listed())
+        return make_program(self.module, self._listed(), targets)
 
     def _find_chain(self) -> ModuleChain:
         program = self._program()
@@ -252,6 +254,10 @@ def _make_nodes(names: Sequence[str], energy: Any, output: Any) -> list[PCNode]:
     nodes = [_make_node(entry) for entry in entries]
     if len({id(node) for node in nodes}) < len(nodes):
         raise ValueError("energy: wanted a PCNode of its own for every node, got one twice; make a second one")
+    if any(node.linear is not None for node in nodes):
+        fail(
+            "energy", "nodes without linear= for a Sequential", "one with it", "PCNetwork(module, output=...) takes it"
+        )
     return nodes
 
 

@@ -46,6 +46,11 @@ class PCNode(nn.Module):
     step: "natural", "euclidean" or None for the family's default. lr_scale: multiplies `infer`'s lr.
     log_var: the learnable log variances of "gaussian_diag", (D,) or what broadcasts to one sample.
     mask: bool, broadcast to (B, ..., D), True takes part.
+    linear: for an output over many classes: the name of the module's nn.Linear whose result, logits, the module
+    returns. While `infer` has a target for it, mu is that layer's input (B, ..., V), and layer, softmax and energy are
+    one operator (`pck.linear_softmax_errors`) that never holds all logits: "categorical" (KL), or "gaussian" (squared
+    error of the probabilities, the paper's PC_F). Targets are class indices (B, ...) or probabilities; the mask has
+    rows (B, ..., 1), and a row where it is False (padding) contributes nothing. A plain forward pass stays as it is.
 
     During `PCNetwork.infer` the input is the prediction mu (B, ...), and what the node returns is feed(phi).
     Raises ValueError or TypeError that names the bad argument.
@@ -62,9 +67,13 @@ class PCNode(nn.Module):
         lr_scale: float = 1.0,
         log_var: Tensor | None = None,
         mask: Tensor | None = None,
+        linear: str | None = None,
     ):
         super().__init__()
-        self.energy, self.feed, self.step, self.lr_scale = energy, feed, step, lr_scale
+        self.energy, self.feed, self.step, self.lr_scale, self.linear = energy, feed, step, lr_scale, linear
+        if linear is not None and energy not in ("categorical", "gaussian"):
+            remedy = "leave it out: the module's result is then mu"
+            fail("linear", "None unless energy is 'categorical' or 'gaussian'", repr(linear), remedy)
         self._visit: Visit | None = None  # set by a walk for its duration
         self._check(log_var)
         self.log_var = log_var if log_var is None or isinstance(log_var, nn.Parameter) else nn.Parameter(log_var)
@@ -113,4 +122,5 @@ class PCNode(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {"feed": self.feed, "step": self.step, "lr_scale": None if self.lr_scale == 1 else self.lr_scale}
+        shown["linear"] = self.linear
         return ", ".join([repr(self.energy), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])

@@ -18,6 +18,7 @@ from torch.optim.adam import adam as adam_step
 import pc_kernels as pck
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
+from pc_runner.head import check_head, head_energy, head_errors
 from pc_runner.node import fail
 from pc_runner.walk import State
 
@@ -33,7 +34,8 @@ class Adam(NamedTuple):
 
 @dataclass(frozen=True)
 class Moves:
-    """How states move. optimizer: None for gradient descent with `momentum`, or `Adam`."""
+    """How states move. rates: one lr per move, instead of `lr`. optimizer: None for gradient descent with `momentum`,
+    or `Adam`."""
 
     steps: int = 32
     lr: float = 0.1
@@ -41,13 +43,23 @@ class Moves:
     tol: float | None = None
     optimizer: Adam | None = None
     trace: bool = True
+    rates: tuple[float, ...] | None = None
+
+    def at(self, step: int) -> Moves:
+        """The same with the lr of one move."""
+        return self if self.rates is None else replace(self, lr=self.rates[step], rates=None)
 
 
 def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any) -> Moves:
     """The settings of `infer`, checked. ValueError or TypeError names the bad one."""
-    pck.infer(torch.zeros(0, 1), [pck.Layer(torch.zeros(1, 1))], steps=0, lr=lr, momentum=momentum, tol=tol)  # checks
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         fail("steps", "a whole number >= 0", repr(steps), "check the configuration")
+    several = isinstance(lr, (list, tuple))
+    rates: list[Any] = list(lr) if several else [lr]
+    if several and len(rates) != steps:
+        fail("lr", f"a number, or {steps} of them, one per move", f"{len(rates)} numbers", "pass as many as steps")
+    for rate in rates:  # checks them
+        pck.infer(torch.zeros(0, 1), [pck.Layer(torch.zeros(1, 1))], steps=0, lr=rate, momentum=momentum, tol=tol)
     if not isinstance(trace, bool):
         fail("trace", "True or False", repr(trace), "pass a bool", TypeError)
     chosen = Adam() if state_optimizer == "adam" else None if state_optimizer == "sgd" else state_optimizer
@@ -55,7 +67,9 @@ def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: An
         fail("state_optimizer", "None, 'sgd', 'adam' or pc_runner.Adam(...)", repr(state_optimizer), "choose one")
     if chosen is not None and momentum:
         fail("momentum", "0 with Adam", momentum, "Adam has betas of its own: pc_runner.Adam(betas=...)")
-    return Moves(steps, float(lr), float(momentum), tol, chosen, trace)
+    values = tuple(map(float, rates))
+    first = values[0] if values else 0.0
+    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None)
 
 
 class Errors(NamedTuple):
@@ -79,7 +93,8 @@ class Nodes:
         self.families = [s.node.energy if isinstance(s.node.energy, str) else "" for s in states]
         self.log_vars = [s.node.log_var.detach() if s.node.log_var is not None else None for s in states]
         self.masks = [s.mask for s in states]
-        self.own = [l for l, s in enumerate(states) if not isinstance(s.node.energy, Pair)]
+        self.heads = [l for l, s in enumerate(states) if s.head is not None]
+        self.own = [l for l, s in enumerate(states) if not isinstance(s.node.energy, Pair) and s.head is None]
         self.pairs = [l for l, s in enumerate(states) if isinstance(s.node.energy, Pair)]
         self.free = [l for l, s in enumerate(states) if s.free]
         self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
@@ -99,12 +114,15 @@ class Nodes:
                 [log_var for log_var in _at(self.log_vars, self.own) if log_var is not None],
                 _at(self.masks, self.own), [s.hold for s in states], [s.held for s in states],
             )  # fmt: skip
-            if not self.pairs:
+            if not self.pairs and not self.heads:
                 return Errors(*found)
             for place, l in enumerate(self.own):
                 out[0][l], out[1][l], out[2][l] = (found[k][place] for k in range(3))
         for l in self.pairs:
             out[0][l], out[1][l], out[2][l] = pair_errors(self.states[l], phis[l], mus[l], self.seed + l)
+        for l in self.heads:  # clamped: no gradient of phi
+            out[0][l], out[2][l] = head_errors(self.states[l], mus[l])
+            out[1][l] = torch.zeros_like(mus[l])
         return Errors(torch.stack(out[0]), out[1], out[2])
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
@@ -117,14 +135,24 @@ class Nodes:
                 log_vars=_at(self.log_vars if log_vars is None else log_vars, self.own),
                 masks=_at(self.masks, self.own), clamped=_at(clamped, self.own),
             )  # fmt: skip
-            if not self.pairs:
+            if not self.pairs and not self.heads:
                 return found
             for place, l in enumerate(self.own):
                 rows[l] = found[place]
         for l in self.pairs:
             state = self.states[l]
             rows[l] = state.node.energy.energy(phis[l], mus[l], state.held, self.seed + l)  # type: ignore[union-attr]
+        for l in self.heads:
+            rows[l] = head_energy(self.states[l], mus[l])
         return torch.stack(rows)
+
+    def check(self) -> None:
+        """Raise now, at the forward values, what the loop would raise; an output behind a linear layer is not run."""
+        for l in self.heads:
+            check_head(self.states[l], self.states[l].mu)
+        rest = self if not self.heads else Nodes([state for state in self.states if state.head is None], self.seed)
+        if rest.states:
+            rest.energies(rest.phis(), [state.mu for state in rest.states])
 
     def update(
         self, phis: Sequence[Tensor], mus: Sequence[Tensor], errors: Errors, feedback: Sequence[Tensor | None],
@@ -253,9 +281,9 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
             break
         frozen = None if run.active is None else ~run.active
         if adam is None:
-            nodes.update(phis, mus, errors, back, moves, velocities, frozen)
+            nodes.update(phis, mus, errors, back, moves.at(step), velocities, frozen)
         else:
-            adam.move(nodes, phis, mus, errors, back, moves, frozen)
+            adam.move(nodes, phis, mus, errors, back, moves.at(step), frozen)
     if moves.trace:
         run.note(Errors(nodes.energies(phis, engine.mus(moving)), [], []))
     done = steps if run.done is None else int(run.done)

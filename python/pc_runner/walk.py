@@ -20,12 +20,16 @@ class Program(nn.Module):
     """A module with nodes inside and output nodes behind what it returns; calling it walks through all of them once.
 
     module: the user's. inner: its nodes by name. outputs: the nodes that what it returns predicts, in order.
+    heads: linear layers by the name of the output node that they are one with: a walk passes through them.
     """
 
-    def __init__(self, module: nn.Module, inner: Mapping[str, PCNode], outputs: Mapping[str, PCNode]):
+    def __init__(
+        self, module: nn.Module, inner: Mapping[str, PCNode], outputs: Mapping[str, PCNode],
+        heads: Mapping[str, nn.Linear] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.module = module
-        self.inner, self.outputs = dict(inner), dict(outputs)
+        self.inner, self.outputs, self.heads = dict(inner), dict(outputs), dict(heads or {})
 
     @property
     def names(self) -> dict[int, str]:
@@ -51,11 +55,14 @@ class Program(nn.Module):
             seen.append(name)
             return meet(name, node, mu)
 
-        with _visited(self.inner.values(), visit), _running_statistics(self.module):
+        with _visited(self.inner.values(), visit), _running_statistics(self.module), _passed(self.heads) as reached:
             own = tensors is None
             out = self.module(*inputs) if own else torch.func.functional_call(self.module, dict(tensors), tuple(inputs))
-        for node, mu in zip(self.outputs.values(), self._outputs(out), strict=True):
-            visit(node, mu)
+        for name, mu in zip(self.outputs, self._outputs(out), strict=True):
+            if name in self.heads and not any(mu is v for v in reached.get(name, ())):
+                remedy = "name the layer whose result the module returns as it is, or leave linear= out"
+                fail(f"node {name!r}", f"the result of {self.outputs[name].linear!r}", "another tensor", remedy)
+            visit(self.outputs[name], mu)
         missing = [name for name in names.values() if name not in seen]
         if missing:
             remedy = "call it in forward, or remove it from the module"
@@ -72,12 +79,55 @@ class Program(nn.Module):
         return values
 
 
-def make_program(module: nn.Module, outputs: Sequence[PCNode]) -> Program:
-    """The program of a module with nodes inside; a compiled module's own code is walked."""
+def make_program(module: nn.Module, outputs: Sequence[PCNode], targets: Any = True) -> Program:
+    """The program of a module with nodes inside; a compiled module's own code is walked.
+
+    targets: those of the outputs; a categorical one without a target (None) is an ordinary node of logits.
+    """
     module = getattr(module, "_orig_mod", module)  # torch.compile(module) keeps it there
     inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    for name, node in inner.items():
+        if node.linear is not None:
+            fail(f"node {name!r}", "linear=None inside a module", repr(node.linear), "pass it in output=PCNode(...)")
     names = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
-    return Program(module, inner, dict(zip(names, outputs, strict=True)))
+    given = list(targets) if isinstance(targets, (tuple, list)) else [targets] * len(outputs)
+    heads = {}
+    for name, node, target in zip(names, outputs, given, strict=False):
+        if node.linear is not None and target is None and node.energy == "gaussian":
+            fail("y", f"a target of {name!r}, whose node has linear=", None, "its state would be probabilities")
+        if node.linear is not None and target is not None:
+            heads[name] = _find_linear(module, node.linear)
+    return Program(module, inner, dict(zip(names, outputs, strict=True)), heads)
+
+
+def _find_linear(module: nn.Module, name: str) -> nn.Linear:
+    found = dict(module.named_modules()).get(name)
+    if not isinstance(found, nn.Linear):
+        names = [n for n, child in module.named_modules() if isinstance(child, nn.Linear)]
+        wanted = f"the name of one of the module's nn.Linear ({', '.join(names) or 'it has none'})"
+        fail("linear", wanted, repr(name), "it is the layer whose result the module returns")
+    return found
+
+
+@contextmanager
+def _passed(heads: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, each head returns its input; the tensors that came through, by the output's name."""
+    reached: dict[str, list[Tensor]] = {name: [] for name in heads}
+
+    def through(name: str) -> Callable[..., Tensor]:
+        def forward(v: Tensor) -> Tensor:
+            reached[name].append(v)
+            return v
+
+        return forward
+
+    for name, linear in heads.items():
+        linear.forward = through(name)  # an instance's attribute: the class keeps its own
+    try:
+        yield reached
+    finally:
+        for linear in heads.values():
+            del linear.forward
 
 
 @contextmanager
@@ -133,6 +183,7 @@ class State:
     mask: Tensor | None
     noise: Tensor | None
     given: bool  # phi came from the caller
+    head: nn.Linear | None = None  # mu is this layer's input, the node's logits are its result
 
     @property
     def free(self) -> bool:
@@ -209,6 +260,8 @@ def record(program: Program, request: Request) -> list[State]:
         names = program.walk(request.inputs, meet)
     request.check_names(names)
     _take_targets(program, states, request.targets)
+    for state in states:
+        state.head = program.heads.get(state.name)
     return states
 
 
