@@ -148,14 +148,14 @@ def test_prompts_are_laid_out_as_samples() -> None:
     ids = coder.encode("if it is false")
     n = len(ids)
     assert n >= 4
-    inputs, last = coder.prompt("if it is false", n + 2)
+    inputs, last = coder.prompt(ids, n + 2)
     assert inputs.dtype == torch.int64
     assert (inputs.tolist(), last) == ([[BOS, *ids, PAD]], n)
-    assert coder.prompt("if it is false", n + 1)[0].tolist() == [[BOS, *ids]]
-    inputs, last = coder.prompt("if it is false", 3)
+    assert coder.prompt(ids, n + 1)[0].tolist() == [[BOS, *ids]]
+    inputs, last = coder.prompt(ids, 3)
     assert (inputs.tolist(), last) == ([[BOS, *ids[-2:]]], 2), "what is near decides"
-    assert coder.prompt("", 3)[0].tolist() == [[BOS, PAD, PAD]]
-    assert coder.prompt("if", 1)[0].tolist() == [[BOS]]
+    assert coder.prompt([], 3)[0].tolist() == [[BOS, PAD, PAD]]
+    assert coder.prompt(ids, 1)[0].tolist() == [[BOS]]
 
 
 @pytest.mark.parametrize("proto", [b"", b"no model", bytes(99), None])

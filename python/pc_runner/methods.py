@@ -200,11 +200,13 @@ def infer_bp(task: Task) -> Result:
         task.program.walk(task.inputs, meet)
         phis = [s.phi if s.held else mu.detach() for s, mu in zip(task.states, mus, strict=True)]
         ends = [l for l, state in enumerate(task.states) if state.held]
-        log_vars = [state.node.log_var for state in task.states]
-        rows = task.nodes.energies(phis, mus, log_vars)
-        loss = rows[ends].sum() / task.batch if ends else None
-    energy = rows.detach().mean(1)
-    energy[[l for l in range(len(mus)) if l not in ends]] = 0
+        outputs = Nodes([task.states[l] for l in ends])
+        log_vars = [state.node.log_var for state in outputs.states]
+        rows = outputs.energies([phis[l] for l in ends], [mus[l] for l in ends], log_vars) if ends else None
+        loss = None if rows is None else rows.sum() / task.batch
+    energy = mus[0].new_zeros(len(mus), dtype=None if rows is None else rows.dtype).detach()
+    if rows is not None:
+        energy[ends] = rows.detach().mean(1)
     settled = Settled(0, energy.unsqueeze(0) if task.moves.trace else None)
 
     def learn() -> Tensor:

@@ -48,6 +48,21 @@ def accuracy_curves(path: Path, panels: Mapping[str, Sequence[Line]], title: str
     figure.savefig(path, dpi=130)
 
 
+def bars(path: Path, groups: Mapping[str, Mapping[str, float]], label: str) -> None:
+    """Write a PNG: one panel per group, one bar per entry, its value on it; `label` names the axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.0 + 2.6 * len(groups), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for ax, (name, entries) in zip(axes, groups.items(), strict=True):
+        drawn = ax.bar(list(entries), list(entries.values()), color=["0.3", *["tab:blue"] * (len(entries) - 1)])
+        ax.bar_label(drawn, fmt="%.0f")
+        ax.set(title=name, ylabel=label)
+        ax.title.set_fontsize(9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as aligned text, numbers to the right; the keys are the heads."""
     if not rows:

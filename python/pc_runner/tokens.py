@@ -100,12 +100,11 @@ class Tokeniser:
             row[1 : 1 + len(kept)] = kept
         return rows
 
-    def prompt(self, text: str, length: int) -> tuple[Tensor, int]:
-        """The inputs of one sample, (1, length) int64, that begins with the text, and the place that predicts what
-        follows: `BOS` and at most the last length - 1 tokens of the text, then `PAD`."""
-        ids = self.encode(text)
-        ids = [BOS, *ids[max(0, len(ids) - (length - 1)) :]]
-        return torch.tensor([ids + [PAD] * (length - len(ids))]), len(ids) - 1
+    def prompt(self, ids: Sequence[int], length: int) -> tuple[Tensor, int]:
+        """The inputs of one sample, (1, length) int64, that begins with these tokens, and the place that predicts what
+        follows: `BOS` and at most the last length - 1 of them, then `PAD`."""
+        seen = [BOS, *ids[max(0, len(ids) - (length - 1)) :]]
+        return torch.tensor([seen + [PAD] * (length - len(seen))]), len(seen) - 1
 
     def _known(self, token: int) -> int:
         if not 0 <= token < self.vocabulary:
