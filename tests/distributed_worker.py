@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pc_runner.classifier import ClassifierRun
 from pc_runner.config import TrainConfig
 from pc_runner.data import load_images
 from pc_runner.distributed import joined
@@ -29,7 +30,7 @@ def work(out: Path, epochs: int, resume: bool = False) -> None:
         )  # fmt: skip
         with joined() as world:
             for method in METHODS:
-                train(replace(config, method=method), images, out / method, resume=resume, world=world)
+                train(ClassifierRun, replace(config, method=method), images, out / method, resume=resume, world=world)
     finally:
         torch.set_default_dtype(before)
 

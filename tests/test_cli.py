@@ -181,13 +181,19 @@ def test_divergence_fails_with_the_remedy(capsys):
 # ------------------------------------------------------------------------------------------------------- what it says
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "reproduce", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "eval", "complete", "reproduce fig3", "reproduce memory", "info"]
+)
 def test_help_shows_options_and_defaults(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: pc-run {command}".rstrip())
-    if command in ("train", "reproduce", "demo"):
-        for fact in ("--phi-momentum M", "(default: 0.0)", "(default: 32)"):
+    if command in ("train", "reproduce fig3", "demo"):
+        for fact in (
+            "--phi-momentum M",
+            "(default: 0.0)",
+            "m1/m2/m3 32, lm 5" if command == "train" else "(default: 32)",
+        ):
             assert fact in text
     if command == "train":
         flat = " ".join(text.split())
