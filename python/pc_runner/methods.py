@@ -55,7 +55,8 @@ def start(
     states = record(program, request)
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
-    nodes = Nodes(states, seed=int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0)
+    seed = int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0
+    nodes = Nodes(states, seed, moves.precision)
     nodes.check()
     return Task(owner, program, request.inputs, nodes, rng, moves, traces, captures, optimizer)
 

@@ -44,13 +44,16 @@ class Moves:
     optimizer: Adam | None = None
     trace: bool = True
     rates: tuple[float, ...] | None = None
+    precision: str = "fp32"  # of the products of an output behind a linear layer
 
     def at(self, step: int) -> Moves:
         """The same with the lr of one move."""
         return self if self.rates is None else replace(self, lr=self.rates[step], rates=None)
 
 
-def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any) -> Moves:
+def read_moves(
+    steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any, precision: str = "fp32"
+) -> Moves:
     """The settings of `infer`, checked. ValueError or TypeError names the bad one."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         fail("steps", "a whole number >= 0", repr(steps), "check the configuration")
@@ -69,7 +72,7 @@ def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: An
         fail("momentum", "0 with Adam", momentum, "Adam has betas of its own: pc_runner.Adam(betas=...)")
     values = tuple(map(float, rates))
     first = values[0] if values else 0.0
-    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None)
+    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None, precision)
 
 
 class Errors(NamedTuple):
@@ -87,8 +90,8 @@ class Nodes:
     the public functions call: these look at values (class indices, masks), which would wait for the device every time.
     """
 
-    def __init__(self, states: Sequence[State], seed: int = 0):
-        self.states = list(states)
+    def __init__(self, states: Sequence[State], seed: int = 0, precision: str = "fp32"):
+        self.states, self.precision = list(states), precision
         self.seed = seed  # of the samples of Eq. 8
         self.families = [s.node.energy if isinstance(s.node.energy, str) else "" for s in states]
         self.log_vars = [s.node.log_var.detach() if s.node.log_var is not None else None for s in states]
@@ -121,7 +124,7 @@ class Nodes:
         for l in self.pairs:
             out[0][l], out[1][l], out[2][l] = pair_errors(self.states[l], phis[l], mus[l], self.seed + l)
         for l in self.heads:  # clamped: no gradient of phi
-            out[0][l], out[2][l] = head_errors(self.states[l], mus[l])
+            out[0][l], out[2][l] = head_errors(self.states[l], mus[l], self.precision)
             out[1][l] = torch.zeros_like(mus[l])
         return Errors(torch.stack(out[0]), out[1], out[2])
 
