@@ -242,13 +242,13 @@ PC_HD int64_t rows_at_once(int64_t width) {
 
 constexpr int kLanes = 16;  // results that run side by side: a loop of this length vectorises without a remainder
 
-// f(i) for i < n; f writes what belongs to i alone.
+// f(i) for i < n; f writes what belongs to i alone. Indices of 64 bits: where a narrower one may wrap nothing vectorises.
 template <class F>
 PC_HD void each(int64_t n, F f) {
   int64_t start = 0;
   for (; start + kLanes <= n; start += kLanes) {
     PC_INDEPENDENT
-    for (int j = 0; j < kLanes; ++j) f(start + j);
+    for (int64_t j = 0; j < kLanes; ++j) f(start + j);
   }
   PC_INDEPENDENT
   for (int64_t i = start; i < n; ++i) f(i);
@@ -256,23 +256,23 @@ PC_HD void each(int64_t n, F f) {
 
 // op over f(i), n <= kBlock: lane by lane, then the lanes pairwise.
 template <class T, class F, class Op>
-PC_HD T fold(int n, T neutral, F f, Op op) {
+PC_HD T fold(int64_t n, T neutral, F f, Op op) {
   T lanes[kLanes];
   for (int j = 0; j < kLanes; ++j) lanes[j] = neutral;
-  int start = 0;
+  int64_t start = 0;
   for (; start + kLanes <= n; start += kLanes) {
     PC_INDEPENDENT
-    for (int j = 0; j < kLanes; ++j) lanes[j] = op(lanes[j], f(start + j));
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = op(lanes[j], f(start + j));
   }
   PC_INDEPENDENT
-  for (int j = 0; j < n - start; ++j) lanes[j] = op(lanes[j], f(start + j));
+  for (int64_t j = 0; j < n - start; ++j) lanes[j] = op(lanes[j], f(start + j));
   for (int j = 0; j < 8; ++j) lanes[j] = op(lanes[j], lanes[j + 8]);
   for (int j = 0; j < 4; ++j) lanes[j] = op(lanes[j], lanes[j + 4]);
   return op(op(lanes[0], lanes[2]), op(lanes[1], lanes[3]));
 }
 template <class T>
 PC_HD T tree_sum(const T* v, int n) {
-  return fold(n, T(0), [=](int i) { return v[i]; }, [](T a, T b) { return a + b; });
+  return fold(n, T(0), [=](int64_t i) { return v[i]; }, [](T a, T b) { return a + b; });
 }
 
 // sum of f(i): in lanes within a block, blocks in double. f may write what belongs to i alone.
@@ -280,8 +280,8 @@ template <class T, class F>
 PC_HD double row_sum(int64_t n, F f) {
   double total = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
-    const int m = static_cast<int>(n - start < kBlock ? n - start : kBlock);
-    total += fold(m, T(0), [=](int i) { return f(start + i); }, [](T a, T b) { return a + b; });
+    const int64_t m = n - start < kBlock ? n - start : kBlock;
+    total += fold(m, T(0), [=](int64_t i) { return f(start + i); }, [](T a, T b) { return a + b; });
   }
   return total;
 }
@@ -290,8 +290,8 @@ template <class T>
 PC_HD T row_max(int64_t n, const T* x) {
   T most = -INFINITY;
   for (int64_t start = 0; start < n; start += kBlock) {
-    const int m = static_cast<int>(n - start < kBlock ? n - start : kBlock);
-    const T found = fold(m, T(-INFINITY), [=](int i) { return x[start + i]; }, [](T a, T b) { return a > b ? a : b; });
+    const int64_t m = n - start < kBlock ? n - start : kBlock;
+    const T found = fold(m, T(-INFINITY), [=](int64_t i) { return x[start + i]; }, [](T a, T b) { return a > b ? a : b; });
     most = found > most ? found : most;
   }
   return most;

@@ -65,10 +65,27 @@ def _run_infer(x: Tensor, *rest: Any) -> Any:
     return dispatch.module(dispatch.choose(infer_task(precision, tol), telling_of((x, *rest)))).infer(x, *rest)
 
 
+# The ops as the loops call them: where nobody traces, the backend directly, since the way through the dispatcher takes
+# 30 us in Python.
+
+
+def _traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
 def infer(x: Tensor, *rest: Any) -> Any:
-    """The op; where nobody traces, the backend directly: the way through the dispatcher takes 30 us in Python."""
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack()
-    return torch.ops.pc_kernels.infer(x, *rest) if traced else _run_infer(x, *rest)
+    """The op."""
+    return torch.ops.pc_kernels.infer(x, *rest) if _traced(x) else _run_infer(x, *rest)
+
+
+def layer_deltas(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> Any:
+    """The op."""
+    return (torch.ops.pc_kernels.layer_deltas if _traced(mus[0]) else _run_deltas)(phis, mus, *rest)
+
+
+def update_phi_(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> None:
+    """The op."""
+    (torch.ops.pc_kernels.update_phi_ if _traced(mus[0]) else _run_update)(phis, mus, *rest)
 
 
 def _run_weight_grads(deltas: Sequence[Tensor], *rest: Any) -> Any:
