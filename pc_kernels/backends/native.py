@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "build_info",
     "infer",
+    "layer_deltas",
     "layer_energies",
     "layer_errors",
     "linear_softmax_errors",
@@ -129,6 +130,11 @@ def layer_energies(*args: Any) -> Tensor:
 def layer_errors(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Energies (L, B), dE/dphi and dE/dmu per node."""
     return _ops().layer_errors(*args)
+
+
+def layer_deltas(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """dE/dmu per node, and the energies (L, B) where they are wanted."""
+    return _ops().layer_deltas(*args)
 
 
 def update_phi_(*args: Any) -> None:
