@@ -15,6 +15,7 @@ struct View {
   const uint8_t *mask, *hold;
   T *grad_phi, *grad_mu;
   T* room;  // three rows, for row families
+  T prior = 0;  // of gaussian_full, as in LayerDesc
 };
 
 template <class V>
