@@ -44,8 +44,7 @@ def run_jobs(
 
 def _rows(kind: type[Run], job: Settings, data: Any, out: Path, *, label: str, **how: Any) -> Iterator[Row]:
     """The rows of one run, from its checkpoint's first on. A run that diverges ends in a row that says so."""
-    name = re.sub(r"[^\w.-]+", "_", f"{job.data}-{job.model}-{job.method}-{job.seed}")
-    checkpoint = out / "runs" / name / CHECKPOINT
+    checkpoint = checkpoint_of(job, out)
     run = kind.resume(checkpoint, job, data) if checkpoint.exists() else kind(job, data)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     yield from list(run.rows)
@@ -53,6 +52,12 @@ def _rows(kind: type[Run], job: Settings, data: Any, out: Path, *, label: str, *
         yield from epochs(run, checkpoint=checkpoint, checkpoint_every=500, label=label, **how)
     except pck.InferenceDiverged as error:
         yield diverged(run, error)
+
+
+def checkpoint_of(job: Settings, out: Path) -> Path:
+    """Where a job keeps its checkpoint."""
+    name = re.sub(r"[^\w.-]+", "_", f"{job.data}-{job.model}-{job.method}-{job.seed}")
+    return out / "runs" / name / CHECKPOINT
 
 
 def last_row(kind: type[Run], job: Settings, data: Any, **how: Any) -> Row:

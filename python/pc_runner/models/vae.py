@@ -32,7 +32,7 @@ class VAE(nn.Module):
         self.bottleneck = PCNode("gaussian_full", prior=prior)
         self.decoder = _stack([latent, *reversed(hidden)], pixels)
         self.link = nn.Identity() if bernoulli else nn.Sigmoid()
-        self.bernoulli = bernoulli
+        self.latent = latent
 
     def forward(self, x: Tensor) -> Tensor:
         return self.link(self.decoder(self.bottleneck(self.encoder(x))))
