@@ -223,7 +223,7 @@ class Autoencoder:
 
 VAES = {
     "vae": Autoencoder("one hidden layer of 256 each way", (256,)),
-    "vae_deep": Autoencoder("two hidden layers of 256 each way", (256, 256)),
+    "vae_wide": Autoencoder("one hidden layer of 512 each way", (512,)),
 }
 VAE_METHODS = ("bp", "pc_fkl")
 
@@ -237,11 +237,12 @@ class VaeConfig(Settings):
     """
 
     model: str = "vae"
-    batch_size: int = 64
-    phi_lr: float = 0.03
+    epochs: int = 60
+    batch_size: int = 32
+    phi_lr: float = 0.01
     output: str = "gaussian"
     latent: int = 16
-    prior: float = 1.0
+    prior: float = 0.01
 
     def __post_init__(self) -> None:
         if self.model not in VAES:

@@ -51,7 +51,7 @@ def _language_model(model: str, method: str) -> Step:
 
 
 def _autoencoder(model: str, method: str) -> Step:
-    net, x = vae.build(784, VAES[model].hidden, prior=0.05), torch.rand(128, 784)
+    net, x = vae.build(784, VAES[model].hidden, prior=0.01), torch.rand(128, 784)
     return Step(net, x, x, {"steps": 32, "noise": torch.randn(128, 16)})
 
 

@@ -38,13 +38,16 @@ def grid(path: Path, rows: Mapping[str, Tensor], shape: tuple[int, int, int], ti
 
 def scatter(path: Path, panels: Mapping[str, Tensor], labels: Tensor, title: str) -> None:
     """Write a PNG: a panel of points (N, 2) per entry of `panels`, coloured by labels (N,), 0 to 9."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(0.8 + 5.2 * len(panels), 5.0), layout="constrained")
+    scale = ScalarMappable(Normalize(-0.5, 9.5), "tab10")
     for ax, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        drawn = ax.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab10", vmin=-0.5, vmax=9.5, s=5)
+        ax.scatter(points[:, 0], points[:, 1], c=scale.to_rgba(labels.numpy()), s=5)
         ax.set(title=name, xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=figure.axes, ticks=range(10), label="class")
+    figure.colorbar(scale, ax=figure.axes, ticks=range(10), label="class", boundaries=[i - 0.5 for i in range(11)])
     figure.suptitle(title)
     _save(figure, path)
 
