@@ -20,6 +20,7 @@ __all__ = [
     "infer",
     "layer_energies",
     "layer_errors",
+    "linear_softmax_errors",
     "names",
     "supports",
     "unavailable_reason",
@@ -27,7 +28,10 @@ __all__ = [
     "weight_grads",
 ]
 
-OPS = ("layer_energies", "layer_errors", "update_phi_", "infer", "weight_grads")
+OPS = (
+    "layer_energies", "layer_errors", "update_phi_", "infer", "weight_grads", "linear_softmax_errors",
+    "linear_softmax_errors of gaussian",
+)  # fmt: skip
 _DTYPES = (torch.float32, torch.float64)
 _REMEDY = "build it against this torch: pip install --no-build-isolation ."
 
@@ -129,6 +133,12 @@ def update_phi_(*args: Any) -> None:
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain in one call: (phis, deltas, trace, status)."""
     return _ops().infer(*args)
+
+
+def linear_softmax_errors(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,), in the precision that `supports` takes."""
+    *given, _precision, energy = args
+    return _ops().linear_softmax_errors(*given, energy)
 
 
 def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:

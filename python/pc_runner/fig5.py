@@ -175,7 +175,7 @@ def _finish(data: str, done: Sequence[Row], sweep: Sequence[Row], out: Path, ori
         panels.setdefault(VAES[model].title, []).append(_curve(method, members))
     note = f" ({origin['note']})" if origin["note"] else ""
     title = f"{data}{note}: mean, and lowest to highest seed"
-    curves(out / "fig5.png", panels, title, label="test loss (nats per image)", corner="upper right")
+    curves(out / "fig5.png", panels, title, "test loss (nats per image)")
     (out / "fig5.json").write_text(json.dumps(document, indent=1) + "\n")
     return document
 

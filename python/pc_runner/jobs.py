@@ -55,7 +55,7 @@ def _rows(kind: type[Run], job: Settings, data: Any, out: Path, *, label: str, *
 
 
 def checkpoint_of(job: Settings, out: Path) -> Path:
-    """Where a job keeps its checkpoint."""
+    """Where a job of the experiment in `out` keeps its checkpoint."""
     name = re.sub(r"[^\w.-]+", "_", f"{job.data}-{job.model}-{job.method}-{job.seed}")
     return out / "runs" / name / CHECKPOINT
 

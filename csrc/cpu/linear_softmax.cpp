@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT
+// torch.ops.pc_kernels_native.linear_softmax_errors: a linear layer, a softmax and the energy of a clamped node over many
+// classes, a tile of rows at a time, so that the logits never exist whole:
+//
+//     a = v W^T + b (tile),  energy and delta = dE/da in place,  grad_v = delta W (tile)
+//
+// With weight gradients the tiles of a group also leave delta^T behind, and grad_weight += delta^T v follows by blocks of
+// classes. Every sum has a fixed order, whatever the number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../describe.h"
+#include "chain_kernels.h"
+#include "node_kernels.h"
+#include "product.h"
+
+namespace pc {
+namespace {
+
+constexpr int64_t kTileBytes = 1 << 20;  // of logits: what a core's second-level cache holds
+constexpr int64_t kMostRows = 64;        // of a tile
+constexpr int64_t kGroup = 256;          // rows whose delta^T exists at a time
+constexpr int64_t kDepth = 256;          // classes that one micro-kernel call of delta W sums over
+constexpr int64_t kClasses = 64;         // of grad_weight, in one micro-kernel call
+
+template <class T>
+struct Problem {
+  int64_t rows, classes, inputs;
+  const T* v;            // (rows, inputs)
+  Weight<T> weight;      // (classes, inputs)
+  const T* bias;         // (classes,) or null
+  const int64_t* index;  // (rows,): the target as class indices, or null
+  const T* target;       // (rows, classes): as probabilities, or null
+  bool squared;          // 1/2 sum (q - o)^2 instead of the KL
+  T *energy, *grad_v;    // (rows,), (rows, inputs)
+  T *grad_weight, *grad_bias;  // (classes, inputs), (classes,); null: not wanted
+  T* errors;             // of a group: float (classes, kGroup), double (kGroup, classes)
+};
+
+template <class T>
+struct Room {  // of a thread
+  std::vector<T> logits, scratch, one_hot;
+};
+
+template <class T>
+int64_t tile_rows(int64_t classes) {
+  const int64_t fit = kTileBytes / static_cast<int64_t>(sizeof(T)) / classes;
+  return std::clamp<int64_t>(fit / 8 * 8, 8, kMostRows);
+}
+
+// One row: its energy; the logits a become delta.
+template <class T>
+double row_errors(const Problem<T>& p, int64_t row, T* a, Room<T>& room) {
+  const int64_t n = p.classes;
+  T* out = room.scratch.data();
+  View<T> view{1, n, n, nullptr, a, nullptr, nullptr, nullptr, nullptr, nullptr, out, out + n};
+  if (p.index != nullptr) view.index = p.index + row;
+  if (p.target != nullptr) view.phi = p.target + row * n;
+  if (!p.squared) {
+    const double energy = run_node<T>(Energy::categorical, view, Form::kTargetErrors);
+    std::copy_n(out, n, a);
+    return energy;
+  }
+  if (p.index != nullptr) {
+    room.one_hot[p.index[row]] = 1;
+    view.phi = room.one_hot.data();
+    view.index = nullptr;
+  }
+  activate<T>(Activation::softmax, n, nullptr, a, out);
+  view.mu = out, view.grad_mu = a, view.room = out + n;
+  const double energy = run_node<T>(Energy::gaussian, view, Form::kTargetErrors);
+  activation_vjp<T>(Activation::softmax, n, a, out, a);
+  if (p.index != nullptr) room.one_hot[p.index[row]] = 0;
+  return energy;
+}
+
+// grad_v (m, inputs) = delta W, in steps over the classes: a piece of delta serves all columns while it is near.
+void pull(const Weight<float>& w, int64_t m, const float* delta, float* out) {
+  for (int64_t k = 0; k < w.width; k += kDepth) {
+    const int64_t depth = std::min(kDepth, w.width - k);
+    for (int64_t first = 0; first < w.inputs; first += kPanel) {
+      at::native::cpublas::brgemm(m, std::min(kPanel, w.inputs - first), depth, w.width, w.inputs, w.inputs, k > 0,
+                                  delta + k, w.rows + k * w.inputs + first, out + first);
+    }
+  }
+}
+void pull(const Weight<double>& w, int64_t m, const double* delta, double* out) { backward(w, m, delta, w.width, out, w.inputs); }
+
+// Leaves delta where `accumulate` reads it: transposed, since a micro-kernel's left factor is row-major.
+void leave(const Problem<float>& p, int64_t m, int64_t at_row, const float* delta) {
+  constexpr int64_t kLine = 16;
+  for (int64_t c0 = 0; c0 < p.classes; c0 += kLine) {
+    const int64_t c1 = std::min(p.classes, c0 + kLine);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t c = c0; c < c1; ++c) p.errors[c * kGroup + at_row + i] = delta[i * p.classes + c];
+    }
+  }
+}
+void leave(const Problem<double>& p, int64_t m, int64_t at_row, const double* delta) {
+  std::copy_n(delta, m * p.classes, p.errors + at_row * p.classes);
+}
+
+// grad_weight and grad_bias += delta^T v, delta^T of the rows [first, first + count)
+void accumulate(const Problem<float>& p, int64_t first, int64_t count) {
+  at::parallel_for(0, (p.classes + kClasses - 1) / kClasses, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin * kClasses; c < std::min(end * kClasses, p.classes); c += kClasses) {
+      const int64_t classes = std::min(kClasses, p.classes - c);
+      for (int64_t j = 0; j < p.inputs; j += kPanel) {
+        at::native::cpublas::brgemm(classes, std::min(kPanel, p.inputs - j), count, kGroup, p.inputs, p.inputs, first > 0,
+                                    p.errors + c * kGroup, p.v + first * p.inputs + j, p.grad_weight + c * p.inputs + j);
+      }
+      for (int64_t i = c; p.grad_bias && i < c + classes; ++i) {
+        const float* row = p.errors + i * kGroup;
+        const float sum = static_cast<float>(row_sum<float>(count, [=](int64_t b) { return row[b]; }));
+        p.grad_bias[i] = first > 0 ? p.grad_bias[i] + sum : sum;
+      }
+    }
+  });
+}
+void accumulate(const Problem<double>& p, int64_t first, int64_t count) {
+  const Tensor delta = view_of(p.errors, count, p.classes, p.classes);
+  Tensor weight = view_of(p.grad_weight, p.classes, p.inputs, p.inputs);
+  at::addmm_out(weight, weight, delta.t(), view_of(p.v + first * p.inputs, count, p.inputs, p.inputs), first > 0 ? 1 : 0);
+  for (int64_t c = 0; p.grad_bias && c < p.classes; ++c) {
+    const double* column = p.errors + c;
+    const double sum = row_sum<double>(count, [&](int64_t b) { return column[b * p.classes]; });
+    p.grad_bias[c] = first > 0 ? p.grad_bias[c] + sum : sum;
+  }
+}
+
+template <class T>
+void run_tile(const Problem<T>& p, int64_t row, int64_t m, int64_t group, Room<T>& room) {
+  T* logits = room.logits.data();
+  forward(p.weight, m, p.v + row * p.inputs, p.inputs, logits, p.classes);
+  for (int64_t i = 0; i < m; ++i) {
+    T* a = logits + i * p.classes;
+    if (p.bias != nullptr) activate<T>(Activation::identity, p.classes, p.bias, a, a);
+    p.energy[row + i] = static_cast<T>(row_errors(p, row + i, a, room));
+  }
+  pull(p.weight, m, logits, p.grad_v + row * p.inputs);
+  if (p.grad_weight != nullptr) leave(p, m, row - group, logits);
+}
+
+template <class T>
+void run(const Problem<T>& p) {
+  const int64_t group = p.grad_weight != nullptr ? kGroup : p.rows;
+  for (int64_t first = 0; first < p.rows; first += group) {
+    const int64_t count = std::min(group, p.rows - first), threads = std::max(at::get_num_threads(), 1);
+    const int64_t share = (count + threads - 1) / threads;  // a tile for every thread, where there are few rows
+    const int64_t tile = std::min(tile_rows<T>(p.classes), std::max<int64_t>(share, 1));
+    at::parallel_for(0, (count + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
+      Room<T> room{std::vector<T>(tile * p.classes), std::vector<T>(4 * p.classes), std::vector<T>(p.classes)};
+      for (int64_t t = begin; t < end; ++t) run_tile(p, first + t * tile, std::min(tile, count - t * tile), first, room);
+    });
+    if (p.grad_weight != nullptr) accumulate(p, first, count);
+  }
+}
+
+template <class T>
+Weight<T> weight_of(const Tensor& weight, Call& call) {
+  Weight<T> out{weight.size(0), weight.size(1), weight.data_ptr<T>(), nullptr, nullptr, nullptr};
+  if constexpr (std::is_same_v<T, float>) {
+    float* panels = call.keep(at::empty_like(weight)).template data_ptr<float>();
+    at::parallel_for(0, panel_count(out.width), 8, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) pack_panel(out.rows, out.width, out.inputs, p, panels);
+    });
+    out.panels = panels;
+  }
+  return out;
+}
+
+struct Arguments {
+  Tensor v, weight;
+  std::optional<Tensor> bias;
+  Tensor target;
+  bool weight_grads, squared;
+};
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Results errors_of(const Arguments& given) {
+  Call call;
+  call.dtype = given.v.scalar_type();
+  const Tensor v = call.keep(given.v), weight = call.keep(given.weight);
+  const int64_t rows = v.size(0), classes = weight.size(0), inputs = v.size(1);
+  const bool biased = given.bias.has_value(), soft = given.target.is_floating_point();
+  auto make = [&](at::IntArrayRef shape) { return rows > 0 ? at::empty(shape, v.options()) : at::zeros(shape, v.options()); };
+  const Tensor energy = make({rows}), grad_v = make({rows, inputs});
+  const Tensor grad_weight = given.weight_grads ? make({classes, inputs}) : at::empty({0}, v.options());
+  const Tensor grad_bias = make({given.weight_grads && biased ? classes : 0});
+  if (rows == 0) return {energy, grad_v, grad_weight, grad_bias};
+  Problem<T> p{};
+  p.rows = rows, p.classes = classes, p.inputs = inputs;
+  p.v = v.data_ptr<T>(), p.weight = weight_of<T>(weight, call);
+  p.bias = biased ? call.keep(*given.bias).template data_ptr<T>() : nullptr;
+  p.index = soft ? nullptr : checked_indices(call, given.target, classes);
+  p.target = soft ? call.keep(given.target).template data_ptr<T>() : nullptr;
+  p.squared = given.squared;
+  p.energy = energy.data_ptr<T>(), p.grad_v = grad_v.data_ptr<T>();
+  if (given.weight_grads) {
+    p.grad_weight = grad_weight.data_ptr<T>();
+    p.grad_bias = biased ? grad_bias.data_ptr<T>() : nullptr;
+    p.errors = call.keep(at::empty({classes * kGroup}, v.options())).template data_ptr<T>();
+  }
+  run(p);
+  return {energy, grad_v, grad_weight, grad_bias};
+}
+
+// Rows that the mask leaves out get zeros; the others are computed alone.
+Results linear_softmax_errors(const Tensor& v, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
+                              const std::optional<Tensor>& mask, bool weight_grads, const std::string& energy) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK_VALUE(energy == "categorical" || energy == "gaussian", "energy: wanted categorical or gaussian, got ", energy);
+  TORCH_CHECK_VALUE(v.dim() == 2 && weight.dim() == 2 && weight.size(1) == v.size(1) && target.size(0) == v.size(0),
+                    "v: wanted rows (R, V) beside weight (D, V) and R targets, got ", v.sizes(), ", ", weight.sizes(), ", ",
+                    target.sizes());
+  Arguments given{v, weight, bias, target, weight_grads, energy == "gaussian"};
+  Tensor shown;
+  if (mask.has_value()) {
+    shown = mask->nonzero().squeeze(1);
+    given.v = v.index_select(0, shown);
+    given.target = target.index_select(0, shown);
+  }
+  Results found = v.scalar_type() == at::kDouble ? errors_of<double>(given) : errors_of<float>(given);
+  if (!mask.has_value()) return found;
+  const Tensor all_energy = at::zeros({v.size(0)}, v.options()), all_grad = at::zeros(v.sizes(), v.options());
+  all_energy.index_copy_(0, shown, std::get<0>(found));
+  all_grad.index_copy_(0, shown, std::get<1>(found));
+  return {all_energy, all_grad, std::get<2>(found), std::get<3>(found)};
+}
+
+}  // namespace
+}  // namespace pc
+
+TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
+  m.def(
+      "linear_softmax_errors(Tensor v, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, bool weight_grads, "
+      "str energy) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { m.impl("linear_softmax_errors", &pc::linear_softmax_errors); }
+TORCH_LIBRARY_IMPL(pc_kernels_native, Autograd, m) {
+  m.impl("linear_softmax_errors", torch::CppFunction::makeFallthrough());
+}
