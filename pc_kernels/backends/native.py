@@ -87,7 +87,7 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     why = unavailable_reason()
     if why is not None:
         return why
-    op = op.removesuffix(" with tol")
+    op = op.removesuffix(" with a prior").removesuffix(" with tol")
     if op in BF16:
         if not torch.ops.pc_kernels_native.has_bf16():
             return "this CPU has no AVX512_BF16"

@@ -27,8 +27,8 @@ def obstacle(engine_kind: str, nodes: Nodes, moves: Moves) -> str | None:
         return "tol reads back from the device"
     if moves.rates is not None:
         return "the lr changes from move to move"
-    if moves.optimizer is not None or nodes.pairs:
-        return "Adam and pairs of torch.distributions run launch by launch"
+    if moves.optimizer is not None or nodes.pairs or nodes.priors:
+        return "Adam, priors and pairs of torch.distributions run launch by launch"
     return None if nodes.free and moves.steps else "nothing moves"
 
 

@@ -38,7 +38,7 @@ class Stage(NamedTuple):
         assert isinstance(node.energy, str)  # of every chain
         return pck.Layer(
             self.linear.weight, self.linear.bias, self.activation, node.energy, self.feed, node.log_var, node.step,
-            node.lr_scale,
+            node.lr_scale, node.prior,
         )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def folder(text: str) -> Path:
 
 SETTINGS: dict[str, tuple[Callable[[str], Any] | None, str, str]] = {  # without a type: a switch
     "model": (str, "NAME", f"one of {', '.join(EXPERIMENTS)}"),
-    "method": (str, "NAME", f"one of {', '.join(METHODS)} (m1, m2 and lm: the first ones)"),
+    "method": (str, "NAME", f"one of {', '.join(METHODS)} (m1, m2 and lm: the first ones; vae: bp, pc_fkl)"),
     "data": (str, "NAME", "images: digits, mnist, cifar10 or hf:NAME; text: pydoc, files, 1bw or hf:NAME"),
     "limit": (whole, "N", "use the first N training samples only"),
     "hidden": (widths, "W[,W,W]", "widths of the hidden layers; one number for all three"),
@@ -106,6 +106,9 @@ SETTINGS: dict[str, tuple[Callable[[str], Any] | None, str, str]] = {  # without
     "phi_lr": (real, "LR", "learning rate of the states phi"),
     "phi_momentum": (real, "M", "momentum of the states"),
     "first_lr": (real, "LR", "phi lr of the moves in which errors spread, the first L - 1; phi_lr if not given"),
+    "output": (str, "NAME", "the pixels' distribution, gaussian or bernoulli"),
+    "latent": (whole, "N", "entries of a code"),
+    "prior": (real, "W", "weight of the prior, KL(code || N(0, I))"),
     "lr_scale": (real, "S", "pc_probs: its probability nodes' lr as a part of phi's"),
     "theta_lr": (real, "LR", "learning rate of the weights"),
     "optimizer": (str, "NAME", "optimiser of the weights, a class of torch.optim"),

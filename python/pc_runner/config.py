@@ -217,6 +217,50 @@ class LanguageConfig(Settings):
         return [self.first_lr if t < self.depth - 1 else self.phi_lr for t in range(self.steps)]
 
 
+@dataclass(frozen=True)
+class Autoencoder:
+    """A fully connected variational autoencoder: the encoder's hidden widths, the decoder's in reverse."""
+
+    title: str
+    hidden: tuple[int, ...]
+
+
+VAES = {
+    "vae": Autoencoder("one hidden layer of 256 each way", (256,)),
+    "vae_wide": Autoencoder("one hidden layer of 512 each way", (512,)),
+}
+VAE_METHODS = ("bp", "pc_fkl")
+
+
+@dataclass(frozen=True)
+class VaeConfig(Settings):
+    """An autoencoder's run. model: a key of `VAES`.
+
+    output: "gaussian" or "bernoulli" pixels. latent: entries of a code; the bottleneck has twice as many, means and log
+    variances. prior: the weight of KL(N(u, e^s) || N(0, I)).
+    """
+
+    model: str = "vae"
+    epochs: int = 60
+    batch_size: int = 32
+    phi_lr: float = 0.01
+    output: str = "gaussian"
+    latent: int = 16
+    prior: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.model not in VAES:
+            _fail("model", f"one of {', '.join(VAES)}", repr(self.model), "these are the autoencoders")
+        if self.method not in VAE_METHODS:
+            wanted = f"one of {', '.join(VAE_METHODS)} for {self.model}"
+            _fail("method", wanted, repr(self.method), "choose one of these")
+        super().__post_init__()
+        if self.output not in ("gaussian", "bernoulli"):
+            _fail("output", "gaussian or bernoulli", repr(self.output), "it is the pixels' distribution")
+        _check_count("latent", self.latent, 1)
+        _check_number("prior", self.prior, math.inf)
+
+
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """The settings of `here` that differ `there`, in words; empty if none does."""
     return ", ".join(f"{k} {there.get(k)!r} there, {here[k]!r} here" for k in here if there.get(k) != here[k])

@@ -12,7 +12,7 @@ import torch
 
 from pc_runner.checkpoint import Checkpoint, CheckpointError
 from pc_runner.classifier import ClassifierRun, accuracy
-from pc_runner.config import MODELS, ConfigError, LanguageConfig, Settings, TrainConfig
+from pc_runner.config import MODELS, VAES, ConfigError, LanguageConfig, Settings, TrainConfig, VaeConfig
 from pc_runner.data import load_images
 from pc_runner.language import perplexity
 from pc_runner.language_run import LanguageRun, build_language_model
@@ -20,6 +20,7 @@ from pc_runner.models.mlp import build
 from pc_runner.text import load_corpus
 from pc_runner.tokens import Samples, Tokeniser, Tokens, tokenise, user_cache
 from pc_runner.train import Row, Run, load_weights
+from pc_runner.vae_run import VaeRun, build_vae, loss_line, test_figures
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Experiment:
     line: Callable[[Row], str]
 
 
-def _load_images(config: TrainConfig, data_dir: str | None) -> Any:
+def _load_images(config: TrainConfig | VaeConfig, data_dir: str | None) -> Any:
     return load_images(config.data, data_dir, config.limit)
 
 
@@ -77,6 +78,14 @@ def _test_language(config: LanguageConfig, checkpoint: Checkpoint, path: Path, d
     return found
 
 
+def _test_vae(config: VaeConfig, checkpoint: Checkpoint, path: Path, data: str, data_dir: str | None) -> Row:
+    images = load_images(data, data_dir)
+    net = build_vae(config, images.x_test.shape[1])
+    load_weights(net, checkpoint, path)
+    about = {"data": images.name, "test_images": len(images.x_test), "note": images.note}
+    return {**about, **test_figures(net, images.x_test, config.latent)}
+
+
 def accuracy_line(row: Row) -> str:
     """Test accuracy in percent."""
     return f"test accuracy {100 * row['accuracy']:.2f} %"
@@ -89,7 +98,12 @@ def perplexity_line(row: Row) -> str:
 
 CLASSIFIER = Experiment(TrainConfig, ClassifierRun, _load_images, _test_classifier, accuracy_line)
 LANGUAGE = Experiment(LanguageConfig, LanguageRun, _load_tokens, _test_language, perplexity_line)
-EXPERIMENTS: dict[str, Experiment] = {**dict.fromkeys(MODELS, CLASSIFIER), "lm": LANGUAGE}
+AUTOENCODER = Experiment(VaeConfig, VaeRun, _load_images, _test_vae, loss_line)
+EXPERIMENTS: dict[str, Experiment] = {
+    **dict.fromkeys(MODELS, CLASSIFIER),
+    **dict.fromkeys(VAES, AUTOENCODER),
+    "lm": LANGUAGE,
+}
 
 
 def experiment_of(model: object) -> Experiment:

@@ -47,7 +47,7 @@ def curves(path: Path, panels: Mapping[str, Sequence[Line]], title: str, label: 
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         if lines:
-            ax.legend(loc="best" if log else "lower right")
+            ax.legend(loc="best")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

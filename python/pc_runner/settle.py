@@ -21,6 +21,7 @@ from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
 from pc_runner.node import fail
+from pc_runner.prior import prior_energy, prior_errors
 from pc_runner.walk import State
 
 CHECK_EVERY = 8
@@ -101,6 +102,7 @@ class Nodes:
         self.own = [l for l, s in enumerate(states) if not isinstance(s.node.energy, Pair) and s.head is None]
         self.pairs = [l for l, s in enumerate(states) if isinstance(s.node.energy, Pair)]
         self.free = [l for l, s in enumerate(states) if s.free]
+        self.priors = [l for l in self.free if states[l].node.prior]
         self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
         self.scales = [float(states[l].node.lr_scale) for l in self.free]
 
@@ -108,9 +110,10 @@ class Nodes:
         return [state.phi for state in self.states]
 
     def errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
-        """Energies and their gradients: one launch, and autograd for pairs of torch.distributions."""
+        """Energies and their gradients: one launch, another for each prior, autograd for pairs of
+        torch.distributions."""
         found = torch.ops.pc_kernels.layer_errors(*self._operands(phis, mus, self.own)) if self.own else ([], [], [])
-        if not self.pairs and not self.heads:
+        if not self.pairs and not self.heads and not self.priors:
             return Errors(*found)
         return self._joined(phis, mus, self.own, *found)
 
@@ -148,12 +151,27 @@ class Nodes:
         for l in self.heads:  # clamped: no gradient of phi
             out[0][l], out[2][l] = head_errors(self.states[l], mus[l], self.precision)
             out[1][l] = torch.zeros_like(mus[l])
-        if not with_energy:
+        if not with_energy:  # nor any gradient of phi: `update` knows the priors
             return Errors(None, by_phi, by_mu)
-        return Errors(energy if len(at) == len(phis) else torch.stack(out[0]), by_phi, by_mu)
+        for l in self.priors:
+            more, grad = prior_errors(self.states[l], phis[l])
+            rows[l] = rows[l] + more
+            by_phi[l] = None if by_phi[l] is None else by_phi[l] + grad
+        return Errors(energy if len(at) == len(phis) and not self.priors else torch.stack(out[0]), by_phi, by_mu)
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
-        """(L, B), differentiable with respect to mus and log_vars. Checks everything."""
+        """(L, B), differentiable with respect to phis, mus and log_vars. Checks everything."""
+        rows = self._local_energies(phis, mus, log_vars)
+        if not self.priors:
+            return rows
+        return torch.stack(
+            [
+                row + prior_energy(self.states[l], phis[l]) if l in self.priors else row
+                for l, row in enumerate(rows.unbind())
+            ]
+        )
+
+    def _local_energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None) -> Tensor:
         rows: list[Any] = [None] * len(phis)
         if self.own:
             clamped = [True if s.held else s.hold for s in self.states]
@@ -191,6 +209,9 @@ class Nodes:
             if self.states[l].free:
                 families[l], mus[l] = "gaussian", phis[l].clone()
                 back[l] = errors.grad_phi[l] if back[l] is None else errors.grad_phi[l] + back[l]  # type: ignore[operator]
+        for l in self.priors:  # the operator knows no prior; its gradient acts as feedback does
+            grad = prior_errors(self.states[l], phis[l])[1]
+            back[l] = grad if back[l] is None else grad + back[l]  # type: ignore[operator]
         at = self.free
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
