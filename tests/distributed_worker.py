@@ -43,7 +43,15 @@ def work_ipc(out: Path, world: World) -> None:
     """out/ipc.pt: weights after batches of 12 and 7 in float64, by `ipc` with momentum. Each process draws its own
     first weights; the first one's are to count."""
     torch.manual_seed(world.rank)
-    layers = nn.Linear(6, 5), nn.Tanh(), PCNode("gaussian"), nn.Linear(5, 4), nn.Tanh(), PCNode("laplace"), nn.Linear(4, 3)
+    layers = (
+        nn.Linear(6, 5),
+        nn.Tanh(),
+        PCNode("gaussian"),
+        nn.Linear(5, 4),
+        nn.Tanh(),
+        PCNode("laplace"),
+        nn.Linear(4, 3),
+    )
     net = PCNetwork(nn.Sequential(*layers), output="categorical").double()
     optimizer = SharedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), world)
     data = torch.Generator().manual_seed(9)
