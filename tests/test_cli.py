@@ -75,6 +75,15 @@ MORE = {
     "--threads": COUNTS,
     "--out": ("a-file", "a-file/below", ""),
 }
+MORE_OF_VAES = {
+    "--epochs": COUNTS,
+    "--phi-lr": RATES,
+    "--prior": RATES,
+    "--latent": COUNTS,
+    "--output": ("laplace", ""),
+    "--methods": ("pc_f", "bp,x", "bp,bp", ""),
+    "--out": MORE["--out"],
+}
 BAD = {
     "demo": {**SETTINGS, "--threads": COUNTS, "--out": MORE["--out"], "--json": ("1", "x", "")},
     "train": {
@@ -96,6 +105,14 @@ BAD = {
         "--sweep": ("1", "yes", ""),
         "--sweep-epochs": COUNTS,
     },
+    "reproduce fig5": {
+        **MORE_OF_VAES,
+        "--models": ("m1", "vae,,vae_wide", "vae,vae", ""),
+        "--seeds": ("-1", "0,x", "1,1", ""),
+        "--sweep-lrs": ("-0.1", "0.1,x", "0.1,0.1", ""),
+        "--sweep-epochs": COUNTS,
+    },
+    "reproduce fig6": {**MORE_OF_VAES, "--model": ("m1", "vae,vae_wide", ""), "--seed": ("-1", "x", "0,1")},
     "eval run": {"--threads": COUNTS, "--json": ("1", "x", "")},
     "info": {"--threads": COUNTS, "--json": ("1", "x", "")},
 }

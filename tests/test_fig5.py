@@ -103,8 +103,9 @@ def test_other_settings_are_refused_before_any_work(images: Images, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("settings", "field"),
-    [({"models": ("m1",)}, "models"), ({"methods": ("pc_f",)}, "methods"), ({"seeds": (-1,)}, "seed"),
-     ({"sweep_lrs": (-0.1,)}, "phi_lr"), ({"phi_lr": float("nan")}, "phi_lr"), ({"sweep_epochs": 0}, "sweep_epochs")],
+    [({"models": ("m1",)}, "models"), ({"methods": ("pc_f",)}, "methods"), ({"seeds": (-1,)}, "seeds"),
+     ({"sweep_lrs": (-0.1,)}, "sweep_lrs"), ({"phi_lr": float("nan")}, "phi_lr"),
+     ({"sweep_epochs": 0}, "sweep_epochs")],
 )  # fmt: skip
 def test_bad_settings_are_named(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: "):

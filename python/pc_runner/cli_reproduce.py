@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def fig5_command(args: argparse.Namespace) -> int:
 
 
 def fig6_command(args: argparse.Namespace) -> int:
-    wanted = fig5.Fig5(_vae_base(args), (args.model,), args.methods, (args.seed,), args.phi_lr)
+    base = replace(_vae_base(args), model=args.model, seed=args.seed)  # raises for a bad one
+    wanted = fig5.Fig5(base, (args.model,), args.methods, (args.seed,), args.phi_lr)
     return _run_figure(args, wanted, fig6.run_fig6, fig6.show, "fig6_*.png")
 
 

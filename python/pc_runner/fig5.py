@@ -49,10 +49,12 @@ class Fig5:
             for name in names:
                 if name not in known:
                     raise ConfigError(field, f"names out of {', '.join(known)}", repr(name), "separate them by commas")
-        for seed in self.seeds:
-            replace(self.base, seed=seed)  # raises for one out of bounds, as below
-        for lr in (*self.sweep_lrs, self.base.phi_lr if self.phi_lr is None else self.phi_lr):
-            replace(self.base, phi_lr=lr)
+        if any(seed < 0 for seed in self.seeds):
+            raise ConfigError("seeds", "whole numbers >= 0", str(min(self.seeds)), "separate them by commas")
+        if any(lr < 0 for lr in self.sweep_lrs):
+            raise ConfigError("sweep_lrs", "numbers >= 0", str(min(self.sweep_lrs)), "separate them by commas")
+        if self.phi_lr is not None:
+            replace(self.base, phi_lr=self.phi_lr)  # raises for a rate out of bounds
         if self.sweep_epochs < 1:
             raise ConfigError("sweep_epochs", "a whole number >= 1", str(self.sweep_epochs), "leave it out")
 
