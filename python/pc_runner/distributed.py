@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Several processes on one batch: samples are independent in the E-step, only the M-step's gradients are averaged.
 
-DistributedDataParallel does so for one backward pass per batch (`parallel`). `ipc` has one per move, inside `infer`: its
-optimiser averages by itself (`SharedOptimizer`).
+DistributedDataParallel does so for one backward pass per batch (`parallel`). `ipc` has one per move, inside `infer`:
+its optimiser averages by itself (`SharedOptimizer`).
 
 Started by `torchrun`, which sets the environment that `torch.distributed` reads; a lone process takes no part.
 """
@@ -97,7 +97,7 @@ def parallel(net: PCNetwork, world: World) -> nn.Module:
 
 
 class SharedOptimizer:
-    """An optimiser whose steps several processes take together: what `infer(..., algorithm="ipc", optimizer=...)` takes.
+    """An optimiser whose steps several processes take together, for `infer(..., algorithm="ipc", optimizer=...)`.
 
     weight: this process's share of the batch over that of an equal split, len(mine) * world.size / len(batch); with it
     every step is that of one process on the joint batch. Every process starts from the first one's weights.
