@@ -16,6 +16,13 @@ def _source(document: dict[str, Any]) -> str:
     return f"`{document['command']}` on {machine['cpu']}, {machine['threads']} thread(s)."
 
 
+def _perplexity(entry: dict[str, Any]) -> str:
+    """Mean of the seeds, and the lowest and highest."""
+    if entry["test"] is None:
+        return "diverged"
+    return f"{entry['test']:.1f} ({entry['lowest']:.1f} to {entry['highest']:.1f})"
+
+
 def perplexity_section(path: Path) -> str:
     """A table of a `pc-run reproduce fig7` summary, the definition of its figure, its picture, a few completions."""
     document = json.loads(path.read_text())
@@ -23,7 +30,7 @@ def perplexity_section(path: Path) -> str:
     rows = [
         [
             entry["method"],
-            "diverged" if entry["test"] is None else f"{entry['test']:.1f} ({entry['lowest']:.1f} to {entry['highest']:.1f})",
+            _perplexity(entry),
             "" if entry["test_over_bp"] is None else f"{entry['test_over_bp']:.3f}",
             f"{entry['theta_lr']:g}",
             "" if entry["phi_lr"] is None else f"{entry['phi_lr']:g}",

@@ -287,3 +287,28 @@ def test_any_list_of_nodes(nodes: list, batch: int, seed: int, layer_backend: st
             (got.energy[i], got.grad_phi[i], got.grad_mu[i]), (want.energy, want.grad_phi, want.grad_mu), strict=True
         ):
             _close(mine, right)
+
+
+@pytest.mark.parametrize("with_energy", [True, False])
+def test_deltas_are_what_a_step_needs_of_the_errors(
+    with_energy: bool, gen: torch.Generator, layer_backend: str
+) -> None:
+    """All families, free, masked and as targets, in one call; float64 truth."""
+    names, nodes = [*truth.ENERGIES] * 3, []
+    for kind in ("free", "masked", "target"):
+        for name in truth.ENERGIES:
+            case = _case(name, gen, (3, 2, 6))
+            phi = inputs.target(name, gen, 3, 2, 6) if kind == "target" else case["phi"]
+            mask = (inputs.normal(gen, 3, 2, 6) > -0.5) | (torch.arange(6) == 0) if kind == "masked" else None
+            nodes.append((phi, case["mu"], case["lv"], mask, kind == "target"))
+    phis, mus, lvs, masks, clamped = (list(column) for column in zip(*nodes, strict=True))
+    log_vars = [lv for lv in lvs if lv is not None]
+    energy, grad_mu = torch.ops.pc_kernels.layer_deltas(
+        phis, mus, names, log_vars, masks, [None] * len(names), clamped, with_energy
+    )
+    assert energy.shape == (len(names) if with_energy else 0, 3)
+    for l, name in enumerate(names):
+        want = truth.errors(name, phis[l], mus[l], lvs[l], masks[l], clamped=clamped[l])
+        _close(grad_mu[l], want.grad_mu)
+        if with_energy:
+            _close(energy[l], want.energy)

@@ -93,6 +93,8 @@ def _faked(mode: FakeTensorMode, value: Any) -> Any:
     [
         ("layer_errors", _layer_arguments),
         ("layer_energies", _layer_arguments),
+        ("layer_deltas", lambda gen: (*_layer_arguments(gen), True)),
+        ("layer_deltas", lambda gen: (*_layer_arguments(gen), False)),
         ("infer", _infer_arguments),
         ("infer", lambda gen: _infer_arguments(gen, False)),
     ],

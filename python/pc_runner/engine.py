@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -187,10 +188,17 @@ def _key(program: Program, states: Sequence[State], fixed: Fixed) -> Any:
     return nodes, inputs, free, tuple(map(form, fixed.flat())), tuple(map(_settings, program.module.modules()))
 
 
+_CONTAINERS = (dict, OrderedDict, set)  # most attributes of a module: its parameters, children and hooks
+
+
 def _settings(module: nn.Module) -> tuple[Any, ...]:
     """A module's own attributes: numbers and names by value, tensors and functions by identity."""
-    return type(module), *(
-        (name, value if value is None or isinstance(value, (bool, int, float, str)) else id(value))
-        for name, value in vars(module).items()
-        if value is None or isinstance(value, (bool, int, float, str, Tensor)) or callable(value)
-    )
+    found: list[Any] = [type(module)]
+    for name, value in vars(module).items():
+        if type(value) in _CONTAINERS:
+            continue
+        if value is None or isinstance(value, (bool, int, float, str)):
+            found.append((name, value))
+        elif isinstance(value, Tensor) or callable(value):
+            found.append((name, id(value)))
+    return tuple(found)

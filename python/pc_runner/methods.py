@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from pc_runner.tracing import Fixed, Step
 from pc_runner.walk import Program, Request, State, draws, record, same_draws
 
 
+class WeightSteps(Protocol):
+    """What `ipc` asks of an optimiser: torch's, or one that several processes share."""
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> Any: ...
+
+
 class Task(NamedTuple):
     """One call of `infer` on a module with nodes, after its forward pass."""
 
@@ -31,7 +39,7 @@ class Task(NamedTuple):
     moves: Moves
     traces: Traces
     captures: Captures
-    optimizer: torch.optim.Optimizer | None
+    optimizer: WeightSteps | None
 
     @property
     def states(self) -> list[State]:

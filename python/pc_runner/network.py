@@ -15,7 +15,7 @@ from pc_runner.capture import Captures, obstacle
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
-from pc_runner.methods import METHODS, UNIT_LR, Task, find_step, start
+from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
 from pc_runner.node import PCNode, fail
 from pc_runner.settle import read_moves
 from pc_runner.tracing import Step
@@ -106,7 +106,7 @@ class PCNetwork(nn.Module):
         clamp: Any = None,
         noise: Any = None,
         state_optimizer: Any = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: WeightSteps | None = None,
         trace: bool = True,
         phis: Any = None,
         precision: str = "fp32",
@@ -202,10 +202,11 @@ class PCNetwork(nn.Module):
             return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
         if algorithm != "pc" or not isinstance(x, Tensor):
             return None
-        chain = self._find_chain()
+        program = self._program()
+        chain = self._traces.chain(program)
         if not chain.stages or (x.ndim != 2 and not chain.flatten):
             return None
-        names = [*(name for name in self._program().inner), *(["output"] if len(self.nodes) else [])]
+        names = [*program.inner, *(["output"] if len(self.nodes) else [])]
         given = Request((x,), None, settings.get("phis"), settings.get("clamp"), masks, settings.get("noise"))
         given.check_names(names)
         lists = {what: _listed_entries(given, what, names) for what in ("phis", "clamp", "noise")}

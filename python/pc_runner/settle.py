@@ -112,10 +112,12 @@ class Nodes:
     def errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
         """Energies and their gradients: one launch, another for each prior, autograd for pairs of
         torch.distributions."""
-        found = torch.ops.pc_kernels.layer_errors(*self._operands(phis, mus, self.own)) if self.own else ([], [], [])
+        found: Any = (None, [], [])
+        if self.own:
+            found = torch.ops.pc_kernels.layer_errors(*self._operands(phis, mus, self.own))
         if not self.pairs and not self.heads and not self.priors:
             return Errors(*found)
-        return self._joined(phis, mus, self.own, *found)
+        return self._joined(phis, mus, self.own, *found, with_energy=True)
 
     def deltas(
         self, phis: Sequence[Tensor], mus: Sequence[Tensor], live: Sequence[bool] | None, with_energy: bool
@@ -123,8 +125,8 @@ class Nodes:
         """What a plain move needs of `errors`: dE/dmu where it has a use (`live`; None: everywhere) and, on demand, the
         energies. dE/dphi is `update`'s own, except that of pairs."""
         at = self.own if with_energy or live is None else [l for l in self.own if live[l]]
-        found = library.layer_deltas(*self._operands(phis, mus, at), with_energy) if at else ([], [])
-        return self._joined(phis, mus, at, found[0], [None] * len(at), found[1], with_energy)
+        energy, grad_mu = library.layer_deltas(*self._operands(phis, mus, at), with_energy) if at else (None, [])
+        return self._joined(phis, mus, at, energy, [None] * len(at), grad_mu, with_energy)
 
     def _operands(self, phis: Sequence[Tensor], mus: Sequence[Tensor], at: Sequence[int]) -> tuple[Any, ...]:
         """Of the operators on the nodes `at`."""
@@ -137,7 +139,7 @@ class Nodes:
 
     def _joined(
         self, phis: Sequence[Tensor], mus: Sequence[Tensor], at: Sequence[int], energy: Any, own_phi: Sequence[Any],
-        own_mu: Sequence[Any], with_energy: bool = True,
+        own_mu: Sequence[Any], with_energy: bool,
     ) -> Errors:  # fmt: skip
         """One entry per node, from the operators' for the nodes `at`, and what pairs and heads add."""
         rows, by_phi, by_mu = ([None] * len(phis) for _ in range(3))
