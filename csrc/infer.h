@@ -21,6 +21,7 @@ struct LayerDesc {
   bool natural;  // step along (phi - mu) + feedback
   double lr;     // lr * lr_scale
   const void* log_var;  // (width,)
+  double prior;         // the energy of a free gaussian_full node gains this times itself at mu = 0
 
   bool clamped;          // `given` or `index` is the target
   bool passes_target;    // a clamped inner node whose target stands in place of its feed

@@ -30,6 +30,7 @@ struct Request {
   const c10::List<double>& lr_scales;
   const Optionals &log_vars, &phis, &masks, &holds, &noise;
   const Flags& clamped;
+  const c10::List<double>& priors;
   double lr;
 };
 
@@ -91,6 +92,8 @@ void add_layer(Chain& chain, const Request& request, size_t l, int64_t inputs) {
                     "log_vars: wanted a tensor for gaussian_diag and None elsewhere");
   layer.log_var = optional_tensor(chain, "log_vars", request.log_vars[l], {layer.width});
   layer.clamped = request.clamped[l];
+  layer.prior = layer.clamped ? 0.0 : static_cast<double>(request.priors[l]);
+  TORCH_CHECK_VALUE(layer.prior == 0 || layer.energy == Energy::gaussian_full, "priors: wanted 0 except for gaussian_full");
   layer.passes_target = layer.clamped && !is_state(layer.energy);
   set_target(chain, layer, request.phis[l], last);
   const int64_t phi_width = layer.clamped && layer.energy == Energy::gaussian_full ? layer.width / 2 : layer.width;
@@ -119,7 +122,8 @@ void check_counts(const Request& request) {
       {"rules", request.rules.size()},         {"lr_scales", request.lr_scales.size()},
       {"log_vars", request.log_vars.size()},   {"phis", request.phis.size()},
       {"masks", request.masks.size()},         {"holds", request.holds.size()},
-      {"noise", request.noise.size()},         {"clamped", request.clamped.size()}};
+      {"noise", request.noise.size()},         {"clamped", request.clamped.size()},
+      {"priors", request.priors.size()}};
   for (const auto& [argument, size] : sizes) check_count(argument, size, count);
 }
 
@@ -145,7 +149,7 @@ std::vector<Move> moves_of(const Chain& chain, int64_t steps) {
   std::vector<char> free, source;
   for (const LayerDesc& layer : chain.layers) {
     free.push_back(!layer.clamped);
-    source.push_back(layer.clamped || layer.given || layer.energy == Energy::categorical_probs);
+    source.push_back(layer.clamped || layer.given || layer.energy == Energy::categorical_probs || layer.prior != 0);
   }
   Cone cone(free, source);
   std::vector<Move> moves;
@@ -188,7 +192,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer(
     const Tensor& x, Tensors weights, const Optionals& biases, const Names& activations, const Names& energies,
     const Names& feeds, const Names& rules, const c10::List<double>& lr_scales, const Optionals& log_vars,
     const Optionals& phis, const Optionals& masks, const Optionals& holds, const Optionals& noise, const Flags& clamped,
-    int64_t steps, double lr, double momentum, double tol, std::string_view precision, bool trace) {
+    const c10::List<double>& priors, int64_t steps, double lr, double momentum, double tol, std::string_view precision, bool trace) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const bool bf16_delta = precision == "bf16_delta";
   TORCH_CHECK_VALUE(precision == "fp32" || (bf16_delta && has_bf16() && x.scalar_type() == at::kFloat),
@@ -197,7 +201,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer(
   TORCH_CHECK_VALUE(steps >= 0, "steps: wanted a whole number >= 0, got ", steps);
   TORCH_CHECK_VALUE(std::isfinite(lr) && std::isfinite(momentum), "lr, momentum: wanted finite numbers");
   Chain chain = describe_chain({x, weights, biases, activations, energies, feeds, rules, lr_scales, log_vars, phis, masks, holds,
-                                noise, clamped, lr});
+                                noise, clamped, priors, lr});
   const std::vector<Move> moves = moves_of(chain, steps);
   const int64_t count = static_cast<int64_t>(chain.layers.size());
   const Tensor samples = at::empty({trace ? steps + 1 : 0, count, chain.batch}, at::TensorOptions().dtype(at::kDouble));
@@ -226,7 +230,7 @@ TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
   m.def(
       "infer(Tensor x, Tensor[] weights, Tensor?[] biases, str[] activations, str[] energies, str[] feeds, str[] rules, "
       "float[] lr_scales, Tensor?[] log_vars, Tensor?[] phis, Tensor?[] masks, Tensor?[] holds, Tensor?[] noise, "
-      "bool[] clamped, int steps, float lr, float momentum, float tol, str precision, bool trace) "
+      "bool[] clamped, float[] priors, int steps, float lr, float momentum, float tol, str precision, bool trace) "
       "-> (Tensor[], Tensor[], Tensor, Tensor)");
   m.def("has_bf16() -> bool", &pc::has_bf16);  // whether this CPU runs `bf16_delta`
 }

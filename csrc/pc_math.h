@@ -89,11 +89,14 @@ struct Silu {  // a s, s = sigmoid(a); derivative s (1 + a (1 - s))
   PC_HD static V vjp(V a, V, V grad) { return grad * sigmoid(a) * (V(1) + a * sigmoid(-a)); }
 };
 
-struct Sigmoid {
+struct Sigmoid {  // derivative e^-|a| t^2, t the larger of mu and 1 - mu: no division, and exact where mu is near 1
   template <class V>
   PC_HD static V value(V a) { return sigmoid(a); }
   template <class V>
-  PC_HD static V vjp(V a, V mu, V grad) { return grad * mu * sigmoid(-a); }
+  PC_HD static V vjp(V a, V mu, V grad) {
+    const V likely = select(a > V(0), mu, V(1) - mu);
+    return grad * (exp(-abs(a)) * likely * likely);
+  }
 };
 
 struct Hardtanh {

@@ -57,7 +57,8 @@ def infer(
     noise: n of the sample z = u + e^(s/2) n, (B, D/2), or one entry per node; a node that feeds on its sample needs it.
     trace: also return the energies, (steps + 1, L), batch means in nats.
 
-    F is summed over features and never averaged over samples, so lr does not depend on B. Records no gradient.
+    F is summed over features and never averaged over samples, so lr does not depend on B. A layer's `prior` w adds
+    w KL(phi_l || N(0, I)) to a free node's E_l. Records no gradient.
     Raises ValueError or TypeError before any work, BackendUnavailable, and InferenceDiverged for a non-finite state.
     """
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
@@ -168,7 +169,8 @@ def explain(
         schedule = f"all layers move at once, {steps} steps; {bound} matrix products ({full} without the light cone)"
     products = "float64" if x.dtype == torch.float64 else precision
     arguments = (*problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace)
-    task, telling = library.infer_task(precision, limit), library.telling_of(arguments)
+    task = library.infer_task(precision, limit, [layer.prior for layer in layers])
+    telling = library.telling_of(arguments)
     lines = [
         dispatch.account(task, telling),
         f"network: {widths}, batch {x.shape[0]}, products in {products}",

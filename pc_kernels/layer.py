@@ -27,6 +27,7 @@ class Layer:
     step: "natural" or "euclidean". None: natural for "categorical" and "bernoulli" fed by their mean map, else
     euclidean.
     lr_scale: multiplies lr for this node, >= 0.
+    prior: w >= 0 of "gaussian_full": E_l of a free node gains w KL(phi || N(0, I)), the family's energy at mu = 0.
 
     Weights may require grad; inference never records it. ValueError or TypeError names what is wrong.
     """
@@ -39,6 +40,7 @@ class Layer:
     log_var: Tensor | None = None
     step: str | None = None
     lr_scale: float = 1.0
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
         checks.choice("activation", self.activation, ACTIVATIONS)
@@ -52,6 +54,7 @@ class Layer:
             object.__setattr__(self, "step", "natural" if has_natural else "euclidean")
         checks.choice("step", self.step, ("euclidean", "natural"))
         checks.number("lr_scale", self.lr_scale, least=0)
+        checks.number("prior", self.prior, least=0)
         self._check_combination(has_natural)
         self._check_tensors()
 
@@ -67,6 +70,9 @@ class Layer:
             checks.fail(
                 "feed", "an activation", f"'sample' with energy={self.energy!r}", "only 'gaussian_full' samples"
             )
+        if self.prior and self.energy != "gaussian_full":
+            got = f"{self.prior} with energy={self.energy!r}"
+            checks.fail("prior", "0 here", got, "only 'gaussian_full' has one, KL(phi || N(0, I))")
         if self.energy == "categorical_probs" and self.activation not in _POSITIVE:
             checks.fail("activation", f"one of {_POSITIVE}", repr(self.activation), "'categorical_probs' needs mu > 0")
 

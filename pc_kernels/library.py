@@ -31,7 +31,8 @@ _SCHEMAS = (
     "Tensor?[] log_vars, Tensor?[] masks, Tensor?[] holds) -> ()",
     "infer(Tensor x, Tensor[] weights, Tensor?[] biases, str[] activations, str[] energies, str[] feeds, "
     "str[] rules, float[] lr_scales, Tensor?[] log_vars, Tensor?[] phis, Tensor?[] masks, Tensor?[] holds, "
-    "Tensor?[] noise, bool[] clamped, int steps, float lr, float momentum, float tol, str precision, bool trace) "
+    "Tensor?[] noise, bool[] clamped, float[] priors, int steps, float lr, float momentum, float tol, str precision, "
+    "bool trace) "
     "-> (Tensor[], Tensor[], Tensor, Tensor)",
     "weight_grads(Tensor[] deltas, Tensor[] values, bool[] biased, float scale) -> (Tensor[], Tensor[])",
 )
@@ -42,10 +43,11 @@ for _schema in _SCHEMAS:
     _library.define(_schema)
 
 
-def infer_task(precision: str, tol: float) -> str:
-    """What `infer` asks of a backend: one that runs it in float32 may lack a precision, or `tol` (< 0: none)."""
+def infer_task(precision: str, tol: float, priors: Sequence[float] = ()) -> str:
+    """What `infer` asks of a backend: one that runs it in float32 may lack a precision, `tol` (< 0: none), priors."""
     task = "infer" if precision == "fp32" else f"infer in {precision}"
-    return task if tol < 0 else f"{task} with tol"
+    task = task if tol < 0 else f"{task} with tol"
+    return f"{task} with a prior" if any(priors) else task
 
 
 def telling_of(arguments: Sequence[Any]) -> list[Tensor]:
@@ -61,8 +63,8 @@ def telling_of(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _run_infer(x: Tensor, *rest: Any) -> Any:
-    tol, precision = rest[-3:-1]
-    return dispatch.module(dispatch.choose(infer_task(precision, tol), telling_of((x, *rest)))).infer(x, *rest)
+    priors, (tol, precision) = rest[-7], rest[-3:-1]
+    return dispatch.module(dispatch.choose(infer_task(precision, tol, priors), telling_of((x, *rest)))).infer(x, *rest)
 
 
 # The ops as the loops call them: where nobody traces, the backend directly, since the way through the dispatcher takes
@@ -159,7 +161,7 @@ def _(phis, mus, feedback, energies, rules, lr, momentum, velocities, lr_scales,
 @torch.library.register_fake("pc_kernels::infer")
 def _(
     x, weights, biases, activations, energies, feeds, rules, lr_scales, log_vars, phis, masks, holds, noise, clamped,
-    steps, lr, momentum, tol, precision, trace,
+    priors, steps, lr, momentum, tol, precision, trace,
 ):  # fmt: skip
     shapes = [(x.shape[0], weight.shape[0]) for weight in weights]
     states = [x.new_empty(0 if held else shape) for shape, held in zip(shapes, clamped, strict=True)]

@@ -25,17 +25,20 @@ _library.define(
 )
 
 
-def _run(v: Tensor, *rest: Any) -> Any:
-    *given, energy = rest
+def _run(v, weight, bias, target, mask, weight_grads, precision, energy="categorical"):  # a default does not arrive
     op = OP if energy == "categorical" else f"{OP} of {energy}"
-    return dispatch.module(dispatch.choose(op, [v])).linear_softmax_errors(v, *given, energy)
+    if precision != "fp32":
+        op = f"{op} in {precision}" + (" with weight gradients" if weight_grads else "")
+    return dispatch.module(dispatch.choose(op, [v])).linear_softmax_errors(
+        v, weight, bias, target, mask, weight_grads, precision, energy
+    )
 
 
 def _fake(v, weight, bias, target, mask, weight_grads, precision, energy="categorical"):
-    energy = v.new_empty(v.shape[0], dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
+    energies = v.new_empty(v.shape[0], dtype=torch.float64 if v.dtype == torch.float64 else torch.float32)
     grad_weight = v.new_empty(weight.shape if weight_grads else 0)
     grad_bias = v.new_empty(weight.shape[0] if weight_grads and bias is not None else 0)
-    return energy, v.new_empty(v.shape), grad_weight, grad_bias
+    return energies, v.new_empty(v.shape), grad_weight, grad_bias
 
 
 def _mark(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

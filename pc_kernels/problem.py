@@ -130,11 +130,13 @@ class Problem:
             self.holds,
             self.noise,
             self.clamped,
+            [float(layer.prior) for layer in layers],
         )
 
     def sources(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
         """(free, source) of `schedule.Cone`."""
-        return sources([layer.energy for layer in self.layers], self.clamped, [phi is not None for phi in self.phis])
+        names, priors = [layer.energy for layer in self.layers], [layer.prior for layer in self.layers]
+        return sources(names, self.clamped, [phi is not None for phi in self.phis], priors)
 
 
 def check_layers(x: Tensor, layers: Any) -> list[Layer]:

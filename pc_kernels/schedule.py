@@ -3,8 +3,8 @@
 
 A node moves only once its own prediction error, or that of the node above, can be non-zero. After a forward
 initialisation only the clamped output has an error, so at move t only nodes l >= L - t move; inner clamps, given
-states and
-floored probabilities are further sources. Backends follow `Cone`; `lower_bound` counts the products that it leaves.
+states, floored probabilities and priors are further sources. Backends follow `Cone`; `lower_bound` counts the products
+that it leaves.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def lower_bound(free: Sequence[bool], source: Sequence[bool], steps: int) -> int
 
 
 def sources(
-    energies: Sequence[str], clamped: Sequence[bool], given: Sequence[bool]
+    energies: Sequence[str], clamped: Sequence[bool], given: Sequence[bool], priors: Sequence[float] = ()
 ) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """(free, source) of a chain: clamped and given states can have an error from the start, and so can floored
-    probabilities."""
+    probabilities; a prior pulls at its node from the start (no priors: none has one)."""
     free = tuple(not held for held in clamped)
     source = tuple(
-        held or there or name == "categorical_probs" for name, held, there in zip(energies, clamped, given, strict=True)
+        held or there or name == "categorical_probs" or bool(prior)
+        for name, held, there, prior in zip(energies, clamped, given, priors or [0.0] * len(energies), strict=True)
     )
     return free, source

@@ -115,5 +115,5 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def layers() -> Callable:
     """Turns the truth's nodes into pc_kernels layers."""
-    names = ("weight", "bias", "activation", "energy", "feed", "log_var", "step", "lr_scale")
+    names = ("weight", "bias", "activation", "energy", "feed", "log_var", "step", "lr_scale", "prior")
     return lambda nodes: [pck.Layer(**{name: getattr(node, name) for name in names}) for node in nodes]

@@ -133,7 +133,7 @@ def test_bad_data_is_one_line(command, arguments, capsys, request):
         (["train", "digits"], "digits"),
         (["info", "--verbose"], "--verbose"),
         (["reproduce"], "TARGET"),
-        (["reproduce", "fig5"], "fig5"),
+        (["reproduce", "fig4"], "fig4"),
         (["reproduce", "Fig3"], "Fig3"),
         (["reproduce", "fig3", "--models", "m1,m2", "--methods", "pc_probs"], "--methods"),
         (["eval"], "PATH"),
@@ -181,14 +181,32 @@ def test_divergence_fails_with_the_remedy(capsys):
 # ------------------------------------------------------------------------------------------------------- what it says
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "eval", "reproduce", "info"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "demo",
+        "train",
+        "eval",
+        "complete",
+        "reproduce fig3",
+        "reproduce fig5",
+        "reproduce fig6",
+        "reproduce memory",
+        "info",
+    ],
+)
 def test_help_shows_options_and_defaults(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: pc-run {command}".rstrip())
-    if command in ("train", "reproduce", "demo"):
-        for fact in ("--phi-momentum M", "(default: 0.0)", "(default: 32)"):
-            assert fact in text
+    if command in ("train", "reproduce fig3", "demo"):
+        for fact in (
+            "--phi-momentum M",
+            "(default: 0.0)",
+            "m1/m2/m3 32, vae/vae_wide 32, lm 5" if command == "train" else "(default: 32)",
+        ):
+            assert fact in " ".join(text.split())
     if command == "train":
         flat = " ".join(text.split())
         assert ", ".join(MODELS) in flat

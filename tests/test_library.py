@@ -52,7 +52,7 @@ def _infer_arguments(gen: torch.Generator, trace: bool = True, tol: float = -1.0
     return (
         inputs.normal(gen, 2, 3), [n.weight for n in nodes], [n.bias for n in nodes], [n.activation for n in nodes],
         [n.energy for n in nodes], [n.fed for n in nodes], rules, [1.0] * 4, empty, [None, None, None, target],
-        empty, empty, empty, [False, False, False, True], 3, 0.1, 0.9, tol, "fp32", trace,
+        empty, empty, empty, [False, False, False, True], [0.0] * 4, 3, 0.1, 0.9, tol, "fp32", trace,
     )  # fmt: skip
 
 

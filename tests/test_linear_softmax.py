@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from typing import Any
 from weakref import ref
@@ -25,6 +26,13 @@ KINDS = ("index", "soft", "mass")
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.fixture(params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on both backends of the CPU."""
+    with pck.use_backend(request.param):
+        yield request.param
+
+
 def run(given: Problem, **options: Any) -> pck.LinearSoftmaxErrors:
     v, weight, bias, target, mask = (getattr(given, name) for name in ("v", "weight", "bias", "target", "mask"))
     return pck.linear_softmax_errors(v, weight, bias, target, mask=mask, **options)
@@ -40,6 +48,7 @@ def same(got: pck.LinearSoftmaxErrors, want: list[Tensor | None], rtol: float = 
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.usefixtures("poison", "one_thread")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [1, 7, 129, 1031])
@@ -51,6 +60,7 @@ def test_float64_is_exact(kind: str, classes: int, width: int, energy: str, gen:
         same(run(given, energy=energy), truth(given, family=energy))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [7, 1031])
 def test_squared_errors_in_float32_are_as_good_as_plain_torch(kind: str, classes: int, gen: torch.Generator) -> None:
@@ -73,6 +83,7 @@ def test_chunks_of_rows(kind: str, entries: int, gen: torch.Generator, monkeypat
     same(run(given), truth(given))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [7, 1031])
 def test_float32_is_as_good_as_plain_torch(kind: str, classes: int, gen: torch.Generator) -> None:
@@ -117,6 +128,7 @@ def test_precision_rounds_the_operands(precision: str, bits: int, gen: torch.Gen
     assert distance(got.energy, run(given).energy) > 2e-5
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 def test_extreme_logits(kind: str, gen: torch.Generator) -> None:
     given = problem(gen, (11,), 50, 8, kind, scale=1e4)
@@ -127,6 +139,7 @@ def test_extreme_logits(kind: str, gen: torch.Generator) -> None:
         assert distance(got, want) < 1e-4  # float32 logits of 1e4 are known to 1e-3
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_bias_of_minus_infinity_hides_a_class(gen: torch.Generator) -> None:
     given = problem(gen, (6,), 9, 4, "index")
     assert given.bias is not None
@@ -140,6 +153,7 @@ def test_a_bias_of_minus_infinity_hides_a_class(gen: torch.Generator) -> None:
     assert not got.grad_weight[8].any()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_target_everything_is_zero(kind: str) -> None:
     """q = o: uniform probabilities, and a single class."""
@@ -150,6 +164,7 @@ def test_at_the_target_everything_is_zero(kind: str) -> None:
     assert float(got.energy.abs().max()) < 1e-7
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_stands_in_padding_rows_does_not_matter(kind: str, gen: torch.Generator) -> None:
     given = problem(gen, (4, 6), 9, 5, kind)
@@ -168,6 +183,7 @@ def test_what_stands_in_padding_rows_does_not_matter(kind: str, gen: torch.Gener
 # ---------------------------------------------------------------- shapes
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_contiguous_input(kind: str, gen: torch.Generator) -> None:
     given = problem(gen, (3, 4), 9, 5, kind, masked=True)
@@ -177,6 +193,7 @@ def test_non_contiguous_input(kind: str, gen: torch.Generator) -> None:
     same(run(replace(given, weight=given.weight.T.contiguous().T)), truth(given))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("rows", [(0,), (2, 0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(rows: tuple[int, ...], kind: str) -> None:
@@ -189,11 +206,13 @@ def test_empty_batch(rows: tuple[int, ...], kind: str) -> None:
     assert torch.equal(got.grad_bias, torch.zeros(7))
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_single_row_without_a_batch(gen: torch.Generator) -> None:
     given = problem(gen, (), 7, 5, "index")
     same(run(given), truth(given))
 
 
+@pytest.mark.usefixtures("backend")
 def test_without_weight_gradients(gen: torch.Generator) -> None:
     given = problem(gen, (5,), 7, 4, "index")
     want = truth(given)
@@ -240,6 +259,7 @@ def test_the_logits_never_exist_whole(kind: str, gen: torch.Generator, monkeypat
     assert alive.peak < 4 * rows * classes / 2
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_large_vocabulary_at_the_default_chunk(gen: torch.Generator) -> None:
     given = problem(gen, (2100,), 8001, 4, "index", dtype=torch.float32)
     with _Alive(given) as alive:
@@ -256,6 +276,7 @@ def _op_arguments(gen: torch.Generator, kind: str, weight_grads: bool, grad: boo
     return v, weight, given.bias, given.target, given.mask, weight_grads, "fp32"
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", ["index", "soft"])
 @pytest.mark.parametrize("weight_grads", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
@@ -263,6 +284,7 @@ def test_opcheck(kind: str, weight_grads: bool, grad: bool, gen: torch.Generator
     torch.library.opcheck(OP.default, _op_arguments(gen, kind, weight_grads, grad))
 
 
+@pytest.mark.usefixtures("backend")
 def test_it_is_not_differentiable(gen: torch.Generator) -> None:
     given = problem(gen, (4,), 7, 5, "index")
     given.v.requires_grad_()
@@ -272,6 +294,7 @@ def test_it_is_not_differentiable(gen: torch.Generator) -> None:
     same(got, truth(given))
 
 
+@pytest.mark.usefixtures("backend")
 def test_compiles_whole_and_exports(gen: torch.Generator) -> None:
     given = problem(gen, (2, 3), 7, 5, "index")
 
@@ -288,12 +311,66 @@ def test_compiles_whole_and_exports(gen: torch.Generator) -> None:
     torch._dynamo.reset()
 
 
-def test_the_backends(gen: torch.Generator) -> None:
-    given = problem(gen, (2,), 7, 5, "index")
+@pytest.mark.parametrize("energy", ["categorical", "gaussian"])
+def test_the_compiled_backend_has_a_form_for_every_size(energy: str, gen: torch.Generator) -> None:
+    """Tiles that are cut off, groups of more than 256 rows, weight gradients over several groups."""
+    for rows, classes, width in [((300,), 37, 9), ((520,), 2100, 70), ((2,), 40_001, 3), ((65,), 64, 64)]:
+        given = problem(gen, rows, classes, width, "index", masked=True, dtype=torch.float32)
+        exact, plain = truth(given, family=energy), truth(given, torch.float32, energy)
+        with pck.use_backend("cpp"):
+            found = run(given, energy=energy)
+        for got, want, beside in zip(found, exact, plain, strict=True):
+            assert got is not None
+            assert want is not None
+            assert beside is not None
+            assert distance(got, want) <= 2 * distance(beside, want) + 4 * EPS, (rows, classes, width)
+
+
+@pytest.mark.parametrize("classes", [129, 2050])
+@pytest.mark.parametrize("width", [33, 128])
+@pytest.mark.parametrize("energy", ["categorical", "gaussian"])
+def test_bf16_compiled(energy: str, width: int, classes: int, gen: torch.Generator) -> None:
+    """The energy is that of rounded operands; grad_v is as far from the truth as plain torch with bfloat16 products."""
+    given = problem(gen, (70,), classes, width, "index", dtype=torch.float32)
+    rounded = replace(given, v=_bits_kept(given.v, 8), weight=_bits_kept(given.weight, 8))
+    want, exact = truth(rounded, family=energy), truth(given, family=energy)
     with pck.use_backend("reference"):
-        same(run(given), truth(given))
-    with pck.use_backend("cpp"), pytest.raises(pck.BackendUnavailable, match="linear_softmax_errors"):
-        run(given)
+        beside = run(given, precision="bf16", weight_grads=False, energy=energy)
+    try:
+        with pck.use_backend("cpp"):
+            got = run(given, precision="bf16", weight_grads=False, energy=energy)
+    except pck.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    assert distance(got.energy, want[0]) < 1e-5
+    assert exact[1] is not None
+    assert distance(got.grad_v, exact[1]) <= 2 * distance(beside.grad_v, exact[1])
+    assert distance(got.grad_v, beside.grad_v) < 2.0**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, gen: torch.Generator) -> None:
+    given = problem(gen, (300,), 1031, 40, "index", masked=True, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with pck.use_backend("cpp"):
+                results.append(run(given))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert one is not None
+            assert torch.equal(one, two)
+
+
+def test_what_the_compiled_backend_leaves_to_the_reference(gen: torch.Generator) -> None:
+    given = problem(gen, (2,), 7, 5, "index", dtype=torch.float32)
+    with pck.use_backend("cpp"):
+        for other, options in [(given, {"precision": "bf16"}), (given.to(torch.bfloat16), {})]:
+            with pytest.raises(pck.BackendUnavailable, match="linear_softmax_errors"):
+                run(other, **options)
+    same(run(given, precision="bf16"), run(given, precision="bf16"))
 
 
 # ---------------------------------------------------------------- bad input

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from pc_runner import reproduce
+from pc_runner.classifier import ClassifierRun
 from pc_runner.cli import main
 from pc_runner.config import ConfigError, TrainConfig
 from pc_runner.data import load_images
 from pc_runner.metrics import append_json, read_rows
 from pc_runner.reproduce import Fig3, phi_lrs, run_fig3, show, sweep_images
-from pc_runner.train import CHECKPOINT, Interrupted, Run, epochs
+from pc_runner.train import CHECKPOINT, Interrupted, epochs
 
 BASE = TrainConfig(data="digits", limit=120, hidden=(8, 8, 8), steps=3, batch_size=16, theta_lr=1e-3, epochs=2)
 OPTIONS = [
@@ -131,7 +132,7 @@ def test_the_sweep_chooses_by_held_out_training_images(images, tmp_path):
     document = run_fig3(wanted, images, tmp_path, progress=False)
     rows = read_rows(tmp_path / "sweep.jsonl")
     assert [(row["method"], row["phi_lr"], row["epoch"]) for row in rows] == [("pc_fkl", lr, 2) for lr in (0, 0.1, 0.2)]
-    run = Run(replace(BASE, method="pc_fkl", phi_lr=0.1), part)
+    run = ClassifierRun(replace(BASE, method="pc_fkl", phi_lr=0.1), part)
     *_, last = epochs(run)
     assert rows[1]["accuracy"] == last["accuracy"]
     best = max(rows, key=lambda row: row["accuracy"])["phi_lr"]

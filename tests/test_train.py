@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from pc_runner.checkpoint import CheckpointError, load_checkpoint
+from pc_runner.classifier import ClassifierRun, accuracy
 from pc_runner.cli import main
-from pc_runner.config import METHODS, MODELS, OPTIMIZERS, ConfigError, TrainConfig, config_from
+from pc_runner.config import METHODS, MODELS, OPTIMIZERS, ConfigError, TrainConfig
 from pc_runner.data import Images, batches, load_images
+from pc_runner.experiments import config_from
 from pc_runner.metrics import read_rows
 from pc_runner.models.mlp import build, targets
-from pc_runner.train import CHECKPOINT, ENERGY_EVERY, METRICS, Interrupted, Run, accuracy, epochs, train
+from pc_runner.train import CHECKPOINT, ENERGY_EVERY, METRICS, Interrupted, epochs, train
 from torch import nn
 
 import pc_kernels as pck
@@ -41,7 +43,7 @@ def images() -> Images:
     return load_images("digits", limit=200)
 
 
-def weights(run: Run) -> list[torch.Tensor]:
+def weights(run: ClassifierRun) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in run.net.parameters()]
 
 
@@ -49,8 +51,8 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def finished(config: TrainConfig, images: Images) -> Run:
-    run = Run(config, images)
+def finished(config: TrainConfig, images: Images) -> ClassifierRun:
+    run = ClassifierRun(config, images)
     list(epochs(run))
     return run
 
@@ -147,7 +149,7 @@ def test_every_method_learns(model, method):
 
 def test_rows_say_what_was_measured(images):
     config = TrainConfig(model="m1", method="pc_f", **SMALL)
-    run = Run(config, images)
+    run = ClassifierRun(config, images)
     seen = list(run.train_batches())
     row = run.end_epoch()
     read = [value for value in seen if value is not None]
@@ -176,10 +178,10 @@ def test_training_is_deterministic_and_depends_on_the_seed(images):
 def test_a_stopped_run_resumes_bit_for_bit(images, tmp_path, name):
     config = TrainConfig(model="m3", method="pc_fkl", optimizer=name, **SMALL)
     whole = finished(config, images)
-    run = Run(config, images)
+    run = ClassifierRun(config, images)
     with pytest.raises(Interrupted):
         list(epochs(run, checkpoint=tmp_path / CHECKPOINT, stop=lambda: run.step == 17))
-    again = Run.resume(tmp_path / CHECKPOINT, config, images)
+    again = ClassifierRun.resume(tmp_path / CHECKPOINT, config, images)
     assert (again.step, again.epoch, again.batch) == (17, 1, 4)
     rows = list(epochs(again))
     assert same(weights(again), weights(whole))
@@ -191,47 +193,47 @@ def test_a_stopped_run_resumes_bit_for_bit(images, tmp_path, name):
 
 def test_more_epochs_may_be_asked_for_later(images, tmp_path):
     short = TrainConfig(**{**SMALL, "epochs": 1})
-    train(short, images, tmp_path)
-    run = train(TrainConfig(**SMALL), images, tmp_path, resume=True)
+    train(ClassifierRun, short, images, tmp_path)
+    run = train(ClassifierRun, TrainConfig(**SMALL), images, tmp_path, resume=True)
     assert same(weights(run), weights(finished(TrainConfig(**SMALL), images)))
     assert [row["epoch"] for row in read_rows(tmp_path / METRICS)] == [1, 2]
-    assert train(TrainConfig(**SMALL), images, tmp_path, resume=True).step == run.step
+    assert train(ClassifierRun, TrainConfig(**SMALL), images, tmp_path, resume=True).step == run.step
 
 
 def test_a_row_lost_between_checkpoint_and_log_is_written_again(images, tmp_path):
-    train(TrainConfig(**SMALL), images, tmp_path)
+    train(ClassifierRun, TrainConfig(**SMALL), images, tmp_path)
     lines = (tmp_path / METRICS).read_text().splitlines(keepends=True)
     (tmp_path / METRICS).write_text(lines[0] + lines[1][:20])
-    train(TrainConfig(**SMALL), images, tmp_path, resume=True)
+    train(ClassifierRun, TrainConfig(**SMALL), images, tmp_path, resume=True)
     assert (tmp_path / METRICS).read_text() == "".join(lines)
 
 
 def test_checkpoints_in_the_way(images, tmp_path):
     config = TrainConfig(**SMALL)
     with pytest.raises(CheckpointError, match="leave --resume out"):
-        train(config, images, tmp_path / "none", resume=True)
+        train(ClassifierRun, config, images, tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
-    train(config, images, tmp_path)
+    train(ClassifierRun, config, images, tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
     with pytest.raises(CheckpointError, match="add --resume"):
-        train(config, images, tmp_path)
+        train(ClassifierRun, config, images, tmp_path)
     with pytest.raises(CheckpointError, match=r"theta_lr 0\.001 there, 0\.1 here"):
-        train(TrainConfig(**{**SMALL, "theta_lr": 0.1}), images, tmp_path, resume=True)
+        train(ClassifierRun, TrainConfig(**{**SMALL, "theta_lr": 0.1}), images, tmp_path, resume=True)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     (tmp_path / CHECKPOINT).write_bytes(before[:1000])
     with pytest.raises(CheckpointError, match="cut off"):
-        train(config, images, tmp_path, resume=True)
+        train(ClassifierRun, config, images, tmp_path, resume=True)
 
 
 def test_a_checkpoint_holds_its_configuration(images, tmp_path):
     config = TrainConfig(model="m1", method="bp", **SMALL)
-    train(config, images, tmp_path)
+    train(ClassifierRun, config, images, tmp_path)
     assert config_from(load_checkpoint(tmp_path / CHECKPOINT).progress["config"], epochs=2) == config
 
 
 def test_tensorboard_gets_the_rows(images, tmp_path):
     pytest.importorskip("tensorboard")
-    train(TrainConfig(**{**SMALL, "epochs": 1}), images, tmp_path, tensorboard=True)
+    train(ClassifierRun, TrainConfig(**{**SMALL, "epochs": 1}), images, tmp_path, tensorboard=True)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -257,7 +259,7 @@ def wait_for_middle_of_an_epoch(process: subprocess.Popen[str], out: Path) -> No
     pytest.fail(f"the run ended early: {process.communicate(timeout=5)}")
 
 
-def whole_run() -> Run:
+def whole_run() -> ClassifierRun:
     config = TrainConfig(
         model="m3", method="pc_fkl", hidden=(48,) * 3, steps=6, epochs=4, batch_size=16, theta_lr=1e-3
     )  # fmt: skip

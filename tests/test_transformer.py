@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pc_runner import PCNetwork, PCNode
+from pc_runner import PCNetwork, PCNode, engine
 from pc_runner.head import head_energy
 from pc_runner.models.transformer import build
 from pc_runner.walk import State
@@ -135,6 +135,19 @@ def test_methods_start_from_the_same_weights() -> None:
     states = [build(method, VOCABULARY, seed=1, tokens=TOKENS, hidden=8).state_dict() for method in ("bp", "pc_f")]
     assert list(states[0]) == list(states[1])
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["pc_fkl", "pc_f"])
+def test_a_step_is_traced_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for a chain leaves nothing in the module, which would make every inference one of a new module."""
+    net, x, y, rows, _ = problem(method)
+    count = []
+    monkeypatch.setattr(engine, "trace_step", lambda *a, real=engine.trace_step: count.append(1) or real(*a))
+    before = set(vars(net.module))
+    for _ in range(3):
+        infer(net, x, y, rows, steps=1)
+    assert set(vars(net.module)) == before
+    assert len(count) == 1
 
 
 # ------------------------------------------------------------------------------------------ the output as one operator

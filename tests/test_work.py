@@ -59,6 +59,7 @@ def test_work_as_counted_from_outside(
             x, [n.weight for n in nodes], [n.bias for n in nodes], [n.activation for n in nodes],
             [n.energy for n in nodes], [n.fed for n in nodes], ["natural" if n.natural else "euclidean" for n in nodes],
             [1.0] * 4, [None] * 4, [*phis, target], [None] * 4, [None] * 4, [None] * 4, [False] * 3 + [True],
+            [0.0] * 4,
             steps, 0.1, 0.0, -1.0, "fp32", False,
         )  # fmt: skip
     assert counter.get_total_flops() == work.products * 2 * 4 * 6 * 6

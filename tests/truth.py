@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The float64 truth of the README's mathematics, brute force: no code of pc_kernels, no closed-form gradient, no
-light cone.
+"""The README's mathematics in float64, brute force: no code of pc_kernels, no closed-form gradient, no light cone.
 
 Energies are written from torch.distributions or plain logarithms; F is a plain sum of them; every gradient
 (phi, delta, dW, db, dlog_var) comes from autograd. Only the natural step, which is not a gradient, is explicit.
@@ -198,6 +197,7 @@ class Node:
     log_var: Tensor | None = None
     step: str | None = None
     lr_scale: float = 1.0
+    prior: float = 0.0  # of KL(phi || N(0, 1)) of a free gaussian_full node
 
     @property
     def fed(self) -> str:
@@ -264,10 +264,19 @@ def _evaluate(case: Case, phis: list[Tensor | None]) -> Pass:
         mu = ACTIVATIONS[node.activation](a)
         phi = mu.detach().requires_grad_(not clamped) if given is None else given
         v = node.passes(phi, mask, noise, clamped)
-        found = (phi, a, mu, v, energy(node.energy, phi, mu, node.log_var, mask, clamped))
+        local = energy(node.energy, phi, mu, node.log_var, mask, clamped)
+        if node.prior and not clamped:
+            local = local + node.prior * _prior(phi, mask)
+        found = (phi, a, mu, v, local)
         for key, value in zip(out, found, strict=True):
             out[key].append(value)
     return Pass(out["phis"], out["pre"], out["mus"], out["values"], torch.stack(out["energy"], 1))
+
+
+def _prior(phi: Tensor, mask: Tensor | None) -> Tensor:
+    """KL(N(u, e^s) || N(0, 1)) per sample; a hidden entry stands at 0."""
+    u, s = _safe(phi, _visible(mask, phi)).chunk(2, -1)
+    return kl_divergence(_normal(u, s), Normal(torch.zeros_like(u), 1.0)).sum(1)
 
 
 def _grad(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:

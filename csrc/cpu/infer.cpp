@@ -176,6 +176,7 @@ class Tile {
     v.index = at(d.index, first_ + i);
     v.mask = mask(l, i);
     v.room = room_;
+    v.prior = static_cast<T>(d.prior);
     return v;
   }
 
@@ -238,9 +239,7 @@ class Tile {
   void direct(int64_t l, bool feedback) {
     const LayerDesc& d = layer(l);
     const Node<T>& node = nodes_[l];
-    if (feedback) {
-      pull(l + 1);
-    }
+    if (feedback) pull(l + 1);
     for (int64_t i = 0; i < samples_; ++i) {
       T* back = feedback ? back_ + i * widest_ : nullptr;
       if (back && !d.natural) feed_vjp(d.feed, d.width, row(node.phi, l, i), row(node.v, l, i), noise(l, i), back);

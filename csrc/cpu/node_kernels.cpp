@@ -46,7 +46,7 @@ PC_HD double entry_family(const View<T>& v) {
   return total;
 }
 
-template <int W, bool Clamped, bool Masked, class T>
+template <int W, bool Clamped, bool Masked, bool Prior, class T>
 PC_HD double pair_row(const View<T>& v, int64_t row) {
   const int64_t half = v.width / 2;
   const T *u = v.phi + row * v.phi_width, *s = u + half, *uh = v.mu + row * v.width, *sh = uh + half;
@@ -58,7 +58,13 @@ PC_HD double pair_row(const View<T>& v, int64_t row) {
     if constexpr (Clamped) {
       out = GaussianFull::target<W>(u[i], uh[i], sh[i], keep);
     } else {
-      out = GaussianFull::free<W>(u[i], s[i], uh[i], sh[i], keep, !Masked || mask[half + i]);
+      const bool keep_s = !Masked || mask[half + i];
+      out = GaussianFull::free<W>(u[i], s[i], uh[i], sh[i], keep, keep_s);
+      if constexpr (Prior) {
+        const LocalPair<T> prior = GaussianFull::free<W & ~kGradMu>(u[i], s[i], T(0), T(0), keep, keep_s);
+        if constexpr (W & kEnergy) out.energy += v.prior * prior.energy;
+        if constexpr (W & kGradPhi) out.grad_phi_u += v.prior * prior.grad_phi_u, out.grad_phi_s += v.prior * prior.grad_phi_s;
+      }
     }
     if constexpr (W & kGradPhi) grad_phi[i] = out.grad_phi_u, grad_phi[half + i] = out.grad_phi_s;
     if constexpr (W & kGradMu) grad_mu[i] = out.grad_mu_u, grad_mu[half + i] = out.grad_mu_s;
@@ -166,7 +172,11 @@ PC_HD double row_family(const View<T>& v) {
   double total = 0;
   if constexpr (std::is_same_v<F, GaussianFull>) {
     for (int64_t row = 0; row < v.rows; ++row) {
-      total += v.mask ? pair_row<W, Clamped, true>(v, row) : pair_row<W, Clamped, false>(v, row);
+      if (v.prior != 0) {
+        total += v.mask ? pair_row<W, Clamped, true, true>(v, row) : pair_row<W, Clamped, false, true>(v, row);
+      } else {
+        total += v.mask ? pair_row<W, Clamped, true, false>(v, row) : pair_row<W, Clamped, false, false>(v, row);
+      }
     }
   } else {
     const int64_t group = rows_at_once(v.width);

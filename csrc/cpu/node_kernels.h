@@ -15,6 +15,7 @@ struct View {
   const uint8_t *mask, *hold;
   T *grad_phi, *grad_mu;
   T* room;  // `row_room` entries, for row families
+  T prior = 0;  // of gaussian_full, as in LayerDesc
 };
 
 // What a row family needs beside its inputs and outputs: three rows, of as many as are worked on together.

@@ -47,7 +47,7 @@ def explained(*arguments: Any) -> str:
 
 def first_moves(args: Arguments) -> tuple[list[int], int]:
     """Per node the move (from 0) in which it first moves, NEVER if it does not; and the products of all moves."""
-    free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis])
+    free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis], args.priors)
     cone, first, products = Cone(free, source), [NEVER] * len(free), len(free)
     for t in range(args.steps):
         move = cone.advance()

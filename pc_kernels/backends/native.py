@@ -21,6 +21,7 @@ __all__ = [
     "layer_deltas",
     "layer_energies",
     "layer_errors",
+    "linear_softmax_errors",
     "names",
     "supports",
     "unavailable_reason",
@@ -28,7 +29,16 @@ __all__ = [
     "weight_grads",
 ]
 
-OPS = ("layer_energies", "layer_errors", "update_phi_", "infer", "weight_grads")
+OPS = (
+    "layer_energies",
+    "layer_errors",
+    "update_phi_",
+    "infer",
+    "weight_grads",
+    "linear_softmax_errors",
+    "linear_softmax_errors of gaussian",
+)
+BF16 = ("infer in bf16_delta", *(f"{op} in bf16" for op in OPS if op.startswith("linear_softmax_errors")))
 _DTYPES = (torch.float32, torch.float64)
 _REMEDY = "build it against this torch: pip install --no-build-isolation ."
 
@@ -77,8 +87,8 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     why = unavailable_reason()
     if why is not None:
         return why
-    op = op.removesuffix(" with tol")
-    if op == "infer in bf16_delta":
+    op = op.removesuffix(" with a prior").removesuffix(" with tol")
+    if op in BF16:
         if not torch.ops.pc_kernels_native.has_bf16():
             return "this CPU has no AVX512_BF16"
     elif op not in OPS:
@@ -135,6 +145,11 @@ def update_phi_(*args: Any) -> None:
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain in one call: (phis, deltas, trace, status)."""
     return _ops().infer(*args)
+
+
+def linear_softmax_errors(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,)."""
+    return _ops().linear_softmax_errors(*args)
 
 
 def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:

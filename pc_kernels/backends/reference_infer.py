@@ -76,6 +76,7 @@ class Arguments(NamedTuple):
     holds: list[Tensor | None]
     noise: list[Tensor | None]
     clamped: list[bool]
+    priors: list[float]
     steps: int
     lr: float
     momentum: float
@@ -96,10 +97,11 @@ class Chain:
             args.lr_scales,
         )
         self.log_vars, self.masks, self.noise, self.clamped = args.log_vars, args.masks, args.noise, args.clamped
+        self.priors = [0.0 if held else prior for prior, held in zip(args.priors, args.clamped, strict=True)]
         self.movable = [movable(mask, hold) for mask, hold in zip(args.masks, args.holds, strict=True)]
         self.products = Products(args.weights, args.biases, args.precision)
         self.size = len(args.weights)
-        self.cone = Cone(*sources(args.energies, args.clamped, [phi is not None for phi in args.phis]))
+        self.cone = Cone(*sources(args.energies, args.clamped, [phi is not None for phi in args.phis], args.priors))
         self._start(args.x, args.phis)
 
     def _start(self, x: Tensor, phis: Sequence[Tensor | None]) -> None:
@@ -139,12 +141,13 @@ class Chain:
 
     def energies(self) -> Tensor:
         """(L, B)."""
-        return torch.stack(
-            [
-                node_energy(self.families[l], self.phi[l], self.mu[l], self.log_vars[l], self.masks[l], self.clamped[l])
-                for l in range(self.size)
-            ]
-        )
+        return torch.stack([self._energy(l) for l in range(self.size)])
+
+    def _energy(self, l: int) -> Tensor:
+        family, phi, mask = self.families[l], self.phi[l], self.masks[l]
+        energy = node_energy(family, phi, self.mu[l], self.log_vars[l], mask, self.clamped[l])
+        prior = self.priors[l]  # the family's energy at mu = 0
+        return energy + prior * node_energy(family, phi, torch.zeros_like(phi), None, mask, False) if prior else energy
 
     def directions(self, move: Move) -> list[Tensor | None]:
         """What each moving node steps along: the Euclidean gradient g, or the natural one."""
@@ -154,6 +157,8 @@ class Chain:
         phi, mu, family = self.phi[l], self.mu[l], self.families[l]
         natural = self.rules[l] == "natural"
         step = phi - mu if natural else family.grad_phi(phi, mu, self.log_vars[l], self.masks[l])
+        if self.priors[l]:
+            step = step + self.priors[l] * family.grad_phi(phi, torch.zeros_like(phi), None, self.masks[l])
         if move.feedback[l]:
             back = self.products.backward(l + 1, self.delta[l + 1])
             step = step + (back if natural else feed_vjp(self.feeds[l], phi, self.v[l], back, self.noise[l]))

@@ -56,7 +56,7 @@ def interpreted() -> bool:
 def supports(op: str, tensors: Sequence[Tensor]) -> str | None:
     """None if `op` runs, otherwise why not. The first tensor tells dtype and device; for `infer` see
     library.telling_of."""
-    if op not in OPS:
+    if op.partition(" in ")[0] not in OPS:  # every precision
         return f"{op} is not written in Triton"
     width = _width_reason(tensors[1:]) if op in INFER else None
     return _device_reason(tensors[0]) or _dtype_reason(tensors[0]) or width or unavailable_reason()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pc_runner.engine import Traced
-from pc_runner.settle import Moves, Nodes, Settled, check_finite, finish_trace, spread
+from pc_runner.moves import Moves
+from pc_runner.settle import Nodes, Settled, check_finite, finish_trace, spread
 
 
 def obstacle(engine_kind: str, nodes: Nodes, moves: Moves) -> str | None:
@@ -27,8 +28,8 @@ def obstacle(engine_kind: str, nodes: Nodes, moves: Moves) -> str | None:
         return "tol reads back from the device"
     if moves.rates is not None:
         return "the lr changes from move to move"
-    if moves.optimizer is not None or nodes.pairs:
-        return "Adam and pairs of torch.distributions run launch by launch"
+    if moves.optimizer is not None or nodes.pairs or nodes.priors:
+        return "Adam, priors and pairs of torch.distributions run launch by launch"
     return None if nodes.free and moves.steps else "nothing moves"
 
 

@@ -38,7 +38,7 @@ class Stage(NamedTuple):
         assert isinstance(node.energy, str)  # of every chain
         return pck.Layer(
             self.linear.weight, self.linear.bias, self.activation, node.energy, self.feed, node.log_var, node.step,
-            node.lr_scale,
+            node.lr_scale, node.prior,
         )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ class ModuleChain(NamedTuple):
 
 def find_chain(program: Program) -> ModuleChain:
     """The chain that the module is, if it is one; `stages` is empty otherwise, and `reason` says why."""
+    own = set(vars(program.module))
     try:
         graph = _Tracer().trace(program.module)
         return _read(graph, program)
@@ -59,6 +60,9 @@ def find_chain(program: Program) -> ModuleChain:
         return ModuleChain(False, [], str(error))
     except Exception as error:  # whatever the user's code does with a symbolic value
         return ModuleChain(False, [], f"its forward has no fixed form ({type(error).__name__})")
+    finally:
+        for name in set(vars(program.module)) - own:  # constants that the tracer left in the user's module
+            delattr(program.module, name)
 
 
 class _NoChain(Exception):  # noqa: N818 - an answer

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pc_runner.classifier import ClassifierRun
 from pc_runner.config import METHODS, MODELS, TrainConfig, machine
 from pc_runner.data import Images, load_images
 from pc_runner.plots import Line, accuracy_curves, table
-from pc_runner.train import Run, epochs
+from pc_runner.train import epochs
 
 MODEL_NAMES = ("m2", "m3")
 LEARNT = 0.9  # the accuracy that counts as having learnt the digits
@@ -39,7 +40,7 @@ def run_demo(base: TrainConfig, out: Path, *, command: str = "", progress: bool 
     runs = []
     for number, job in enumerate(jobs, 1):
         label = f"[{number}/{len(jobs)}] {job.model.upper()} {METHODS[job.method].title}"
-        rows = list(epochs(Run(job, images), label=label, progress=progress))
+        rows = list(epochs(ClassifierRun(job, images), label=label, progress=progress))
         runs.append({"model": job.model, "method": job.method, "rows": rows})
     document = {
         "command": command,

@@ -161,7 +161,8 @@ def make_layer(link: Link, node: PCNode, output: bool) -> pck.Layer:
     activation, feed = place_activation(link, node, output)
     assert isinstance(node.energy, str)  # or place_activation has raised
     return pck.Layer(
-        link.linear.weight, link.linear.bias, activation, node.energy, feed, node.log_var, node.step, node.lr_scale
+        link.linear.weight, link.linear.bias, activation, node.energy, feed, node.log_var, node.step, node.lr_scale,
+        node.prior,
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from pc_runner.checkpoint import write_atomically
-from pc_runner.config import DEFAULT_HIDDEN, METHODS, machine
-from pc_runner.models import mlp, transformer
+from pc_runner.config import DEFAULT_HIDDEN, METHODS, VAES, machine
+from pc_runner.models import mlp, transformer, vae
 from pc_runner.network import PCNetwork
 from pc_runner.plots import bars, table
 
@@ -50,10 +50,16 @@ def _language_model(model: str, method: str) -> Step:
     return Step(net, x, y, {"steps": 5, "masks": {"output": torch.ones(64, 32, 1, dtype=torch.bool)}})
 
 
+def _autoencoder(model: str, method: str) -> Step:
+    net, x = vae.build(784, VAES[model].hidden, prior=0.01), torch.rand(128, 784)
+    return Step(net, x, x, {"steps": 32, "noise": torch.randn(128, 16)})
+
+
 CASES: dict[str, tuple[str, Callable[[str, str], Step], tuple[str, ...]]] = {
     "m1": ("M1, batch 128, T = 32", _mlp, ("bp", "pc_fkl")),
     "m2": ("M2, batch 128, T = 32", _mlp, ("bp", "pc_f", "pc_fkl")),
     "m3": ("M3, batch 128, T = 32", _mlp, ("bp", "pc_f", "pc_fkl")),
+    "vae": ("autoencoder, batch 128, T = 32", _autoencoder, ("bp", "pc_fkl")),
     "lm": ("language model, batch 64, T = 5", _language_model, ("bp", "pc_f", "pc_fkl")),
 }
 

@@ -14,8 +14,9 @@ from pc_runner.algorithms import NO_TARGET
 from pc_runner.capture import Captures, obstacle
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
+from pc_runner.moves import Moves
 from pc_runner.node import PCNode, fail
-from pc_runner.settle import AdamState, Errors, Moves, Nodes, Run, Settled, check_finite, finish_trace, settle
+from pc_runner.settle import AdamState, Errors, Nodes, Run, Settled, check_finite, finish_trace, settle
 from pc_runner.tracing import Fixed, Step
 from pc_runner.walk import Program, Request, State, draws, record, same_draws
 
@@ -63,7 +64,8 @@ def start(
     states = record(program, request)
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
-    nodes = Nodes(states, seed=int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0)
+    seed = int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0
+    nodes = Nodes(states, seed, moves.precision)
     nodes.check()
     return Task(owner, program, request.inputs, nodes, rng, moves, traces, captures, optimizer)
 
@@ -145,6 +147,8 @@ def infer_fixed_prediction(task: Task) -> Result:
 
 def _forward_start(task: Task, algorithm: str) -> None:
     for state in task.states:
+        if state.node.prior and algorithm != "bp":
+            fail(f"node {state.name!r}", f"prior=0 with algorithm={algorithm!r}", state.node.prior, "use 'pc' or 'bp'")
         if state.given and state.free:
             fail("phis", f"None with algorithm={algorithm!r}", state.name, "it starts at the forward values")
         if state.hold is not None:
@@ -192,7 +196,8 @@ def _send(
 
 
 def infer_bp(task: Task) -> Result:
-    """Backpropagation's half of an inference: the forward pass and the batch mean of the outputs' energies."""
+    """Backpropagation's half of an inference: the forward pass and the batch mean of F at it, that is of the outputs'
+    energies and of the priors at phi = mu."""
     _forward_start(task, "bp")
     kept = {state.name: state for state in task.states}
     held = [state.name for state in task.states if state.held]
@@ -208,10 +213,12 @@ def infer_bp(task: Task) -> Result:
     with torch.enable_grad(), same_draws(task.rng):
         task.program.walk(task.inputs, meet)
         phis = [s.phi if s.held else mu.detach() for s, mu in zip(task.states, mus, strict=True)]
-        ends = [l for l, state in enumerate(task.states) if state.held]
+        targets = [l for l, state in enumerate(task.states) if state.held]
+        ends = sorted([*targets, *task.nodes.priors]) if targets else []
         outputs = Nodes([task.states[l] for l in ends])
         log_vars = [state.node.log_var for state in outputs.states]
-        rows = outputs.energies([phis[l] for l in ends], [mus[l] for l in ends], log_vars) if ends else None
+        reached = [phis[l] if task.states[l].held else mus[l] for l in ends]
+        rows = outputs.energies(reached, [mus[l] for l in ends], log_vars) if ends else None
         loss = None if rows is None else rows.sum() / task.batch
     energy = mus[0].new_zeros(len(mus), dtype=None if rows is None else rows.dtype).detach()
     if rows is not None:

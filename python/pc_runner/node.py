@@ -46,6 +46,7 @@ class PCNode(nn.Module):
     step: "natural", "euclidean" or None for the family's default. lr_scale: multiplies `infer`'s lr.
     log_var: the learnable log variances of "gaussian_diag", (D,) or what broadcasts to one sample.
     mask: bool, broadcast to (B, ..., D), True takes part.
+    prior: w >= 0 of a "gaussian_full" node: while it is free its energy gains w KL(phi || N(0, I)).
     linear: for an output over many classes: the name of the module's nn.Linear whose result, logits, the module
     returns. While `infer` has a target for it, mu is that layer's input (B, ..., V), and layer, softmax and energy are
     one operator (`pck.linear_softmax_errors`) that never holds all logits: "categorical" (KL), or "gaussian" (squared
@@ -68,9 +69,11 @@ class PCNode(nn.Module):
         log_var: Tensor | None = None,
         mask: Tensor | None = None,
         linear: str | None = None,
+        prior: float = 0.0,
     ):
         super().__init__()
         self.energy, self.feed, self.step, self.lr_scale, self.linear = energy, feed, step, lr_scale, linear
+        self.prior = prior
         if linear is not None and energy not in ("categorical", "gaussian"):
             remedy = "leave it out: the module's result is then mu"
             fail("linear", "None unless energy is 'categorical' or 'gaussian'", repr(linear), remedy)
@@ -93,7 +96,7 @@ class PCNode(nn.Module):
         if isinstance(probe, Tensor) and probe.is_floating_point():
             weight, probe = probe.new_zeros(probe.numel(), 1), probe.flatten()
         activation = "softmax" if energy == "categorical_probs" else "identity"
-        pck.Layer(weight, None, activation, energy, self.feed, probe, self.step, self.lr_scale)
+        pck.Layer(weight, None, activation, energy, self.feed, probe, self.step, self.lr_scale, self.prior)
 
     @property
     def fed(self) -> str:
@@ -122,5 +125,5 @@ class PCNode(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {"feed": self.feed, "step": self.step, "lr_scale": None if self.lr_scale == 1 else self.lr_scale}
-        shown["linear"] = self.linear
+        shown |= {"linear": self.linear, "prior": self.prior or None}
         return ", ".join([repr(self.energy), *(f"{k}={v!r}" for k, v in shown.items() if v is not None)])

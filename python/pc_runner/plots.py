@@ -25,7 +25,12 @@ class Line:
 
 
 def accuracy_curves(path: Path, panels: Mapping[str, Sequence[Line]], title: str) -> None:
-    """Write a PNG: one panel per entry of `panels` (title: curves of accuracy in percent over epochs)."""
+    """`curves` of accuracy in percent."""
+    curves(path, panels, title, "test accuracy (%)")
+
+
+def curves(path: Path, panels: Mapping[str, Sequence[Line]], title: str, label: str, log: bool = False) -> None:
+    """Write a PNG: one panel per entry of `panels` (title: curves over epochs). label: of the axis; log: its scale."""
     from matplotlib.figure import Figure  # not at import: matplotlib takes a second
 
     figure = Figure(figsize=(1.0 + 4.6 * len(panels), 4.2), layout="constrained")
@@ -38,11 +43,11 @@ def accuracy_curves(path: Path, panels: Mapping[str, Sequence[Line]], title: str
             ax.plot(line.x, line.y, color=colour, linestyle=style, marker=marker, markersize=3, label=line.label)
             if line.low is not None and line.high is not None:
                 ax.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        ax.set(title=name, xlabel="epoch", ylabel="test accuracy (%)")
+        ax.set(title=name, xlabel="epoch", ylabel=label, yscale="log" if log else "linear")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         if lines:
-            ax.legend(loc="lower right")
+            ax.legend(loc="best")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -8,19 +8,18 @@ rows that are there are not computed again, and a run in the middle continues fr
 from __future__ import annotations
 
 import json
-import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pc_kernels as pck
-from pc_runner.config import METHODS, MODELS, ConfigError, TrainConfig, differences, machine
+from pc_runner.classifier import ClassifierRun
+from pc_runner.config import METHODS, MODELS, ConfigError, TrainConfig, machine
 from pc_runner.data import Images
+from pc_runner.jobs import by_epoch, check_rows, head, last_row, run_jobs
 from pc_runner.metrics import append_json, read_rows
 from pc_runner.plots import Line, accuracy_curves, table
-from pc_runner.train import CHECKPOINT, Run, epochs
 
 SWEEP_LRS = (0.003, 0.01, 0.03, 0.1, 0.3)
 SWEEP_IMAGES, SWEEP_EPOCHS, SWEEP_HELD_OUT = 10_000, 2, 5_000
@@ -98,64 +97,16 @@ def run_fig3(
     done = read_rows(out / "fig3.jsonl")
     for pair in wanted.pairs():  # before a sweep is spent on them
         for seed in wanted.seeds:
-            _check_rows(wanted.config(*pair, seed, DEFAULT_PHI_LR), done, besides=("phi_lr",))
+            check_rows(wanted.config(*pair, seed, DEFAULT_PHI_LR), done, besides=("phi_lr",))
     if wanted.sweep:
         _run_sweep(wanted, images, out, origin, stop=stop, progress=progress, report=report)
     rates = phi_lrs(wanted, read_rows(out / "sweep.jsonl"))
     jobs = [wanted.config(*pair, seed, rates[pair]) for seed in wanted.seeds for pair in wanted.pairs()]
-    for job in jobs:
-        _check_rows(job, done)
-    for number, job in enumerate(jobs, 1):
-        if _missing(job, done):
-            label = f"[{number}/{len(jobs)}] {job.model} {job.method} seed {job.seed}"
-            for row in _run_job(job, images, out, stop=stop, progress=progress, label=label):
-                if (*_key(job), row["epoch"]) not in {(*_key_of(r), r["epoch"]) for r in done}:
-                    entry = {**_head(job), **row, "config": job.identity(), **origin}
-                    append_json(out / "fig3.jsonl", entry)
-                    done.append(entry)
-                    report(_line(entry))
+    run_jobs(
+        ClassifierRun, jobs, images, out / "fig3.jsonl", done, origin, report=lambda row: report(_line(row)),
+        stop=stop, progress=progress,
+    )  # fmt: skip
     return _finish(images.name, done, out, origin)
-
-
-def _run_job(job: TrainConfig, images: Images, out: Path, *, label: str, **how: Any) -> Iterator[Row]:
-    """The rows of one run, from its checkpoint's first on. A run that diverges ends in a row that says so."""
-    name = re.sub(r"[^\w.-]+", "_", f"{job.data}-{job.model}-{job.method}-{job.seed}")
-    checkpoint = out / "runs" / name / CHECKPOINT
-    run = Run.resume(checkpoint, job, images) if checkpoint.exists() else Run(job, images)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    yield from list(run.rows)
-    try:
-        yield from epochs(run, checkpoint=checkpoint, checkpoint_every=500, label=label, **how)
-    except pck.InferenceDiverged as error:
-        yield {"epoch": run.epoch + 1, "step": run.step, "accuracy": None, "diverged": str(error)}
-
-
-def _key(job: TrainConfig) -> tuple[Any, ...]:
-    return job.data, job.model, job.method, job.seed
-
-
-def _key_of(row: Row) -> tuple[Any, ...]:
-    return row["data"], row["model"], row["method"], row["seed"]
-
-
-def _head(job: TrainConfig) -> Row:
-    return {"data": job.data, "model": job.model, "method": job.method, "seed": job.seed, "phi_lr": job.phi_lr}
-
-
-def _missing(job: TrainConfig, done: Sequence[Row]) -> bool:
-    mine = [row for row in done if _key_of(row) == _key(job)]
-    have = {row["epoch"] for row in mine}
-    return not any("diverged" in row for row in mine) and not have.issuperset(range(1, job.epochs + 1))
-
-
-def _check_rows(job: TrainConfig, done: Sequence[Row], besides: Sequence[str] = ()) -> None:
-    """Raise ConfigError if a row of this run was made with other settings (those in `besides` may differ)."""
-    here = {name: value for name, value in job.identity().items() if name not in besides}
-    for row in done:
-        different = differences(row["config"], here) if _key_of(row) == _key(job) else ""
-        if different:
-            wanted = f"the settings of the {job.model} {job.method} rows in it"
-            raise ConfigError("out", wanted, different, "use the same settings, or another --out")
 
 
 # -------------------------------------------------------------------------------------------------------- the phi lr
@@ -188,13 +139,9 @@ def _run_sweep(
         job = wanted.config(*pair, seed=0, phi_lr=lr)
         if any(_swept_as(wanted, pair, row) and row["phi_lr"] == lr for row in done):
             continue
-        run = Run(replace(job, epochs=wanted.sweep_epochs), part)
         label = f"[sweep {number}/{len(todo)}] {job.model} {job.method} phi lr {lr:g}"
-        try:
-            *_, row = epochs(run, label=label, **how)
-        except pck.InferenceDiverged as error:
-            row = {"epoch": run.epoch + 1, "step": run.step, "accuracy": None, "diverged": str(error)}
-        entry = {**_head(job), **row, "accuracy_of": chosen_on, "config": job.identity(), **origin}
+        row = last_row(ClassifierRun, replace(job, epochs=wanted.sweep_epochs), part, label=label, **how)
+        entry = {**head(job), **row, "accuracy_of": chosen_on, "config": job.identity(), **origin}
         append_json(out / "sweep.jsonl", entry)
         report("sweep " + _line(entry))
 
@@ -246,18 +193,8 @@ def _finish(data: str, done: Sequence[Row], out: Path, origin: Row) -> Row:
     return document
 
 
-def _by_epoch(members: Sequence[Row]) -> dict[int, list[float]]:
-    """epoch: accuracies, for the epochs that all seeds have finished."""
-    seeds = {row["seed"] for row in members}
-    found: dict[int, list[float]] = {}
-    for row in members:
-        if row["accuracy"] is not None:
-            found.setdefault(row["epoch"], []).append(row["accuracy"])
-    return {epoch: found[epoch] for epoch in sorted(found) if len(found[epoch]) == len(seeds)}
-
-
 def _summarise(model: str, method: str, members: Sequence[Row]) -> Row:
-    accuracies = _by_epoch(members)
+    accuracies = by_epoch(members, "accuracy")
     last = max(accuracies, default=0)
     values, config = accuracies.get(last, []), members[-1]["config"]
     times = [row["ms_per_step"] for row in members if "ms_per_step" in row]
@@ -279,7 +216,7 @@ def _summarise(model: str, method: str, members: Sequence[Row]) -> Row:
 
 
 def _curve(method: str, members: Sequence[Row]) -> Line:
-    found = {epoch: [100 * a for a in values] for epoch, values in _by_epoch(members).items()}
+    found = {epoch: [100 * a for a in values] for epoch, values in by_epoch(members, "accuracy").items()}
     low, high = [min(v) for v in found.values()], [max(v) for v in found.values()]
     return Line(method, METHODS[method].title, list(found), [statistics.fmean(v) for v in found.values()], low, high)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The E-step on any module: T simultaneous moves of all free states, in two operator calls a step beside the module's.
 
-One `pck.layer_errors` for the energies and errors of all nodes, one `pck.update_phi_` for all moves. Nothing is read
+One operator for the errors of all nodes (and their energies, where they are wanted), one for all moves. Nothing is read
 back from the device inside the loop, except with `tol` every `CHECK_EVERY` moves.
 """
 
@@ -20,57 +20,11 @@ from pc_kernels import library
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
-from pc_runner.node import fail
+from pc_runner.moves import Moves
+from pc_runner.prior import prior_energy, prior_errors
 from pc_runner.walk import State
 
 CHECK_EVERY = 8
-
-
-class Adam(NamedTuple):
-    """The state optimiser Adam (Kingma & Ba 2015), with `infer`'s lr; one fused call for all nodes."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True)
-class Moves:
-    """How states move. rates: one lr per move, instead of `lr`. optimizer: None for gradient descent with `momentum`,
-    or `Adam`."""
-
-    steps: int = 32
-    lr: float = 0.1
-    momentum: float = 0.0
-    tol: float | None = None
-    optimizer: Adam | None = None
-    trace: bool = True
-    rates: tuple[float, ...] | None = None
-
-    def at(self, step: int) -> Moves:
-        """The same with the lr of one move."""
-        return self if self.rates is None else replace(self, lr=self.rates[step], rates=None)
-
-
-def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any) -> Moves:
-    """The settings of `infer`, checked. ValueError or TypeError names the bad one."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        fail("steps", "a whole number >= 0", repr(steps), "check the configuration")
-    several = isinstance(lr, (list, tuple))
-    rates: list[Any] = list(lr) if several else [lr]
-    if several and len(rates) != steps:
-        fail("lr", f"a number, or {steps} of them, one per move", f"{len(rates)} numbers", "pass as many as steps")
-    for rate in rates:  # checks them
-        pck.infer(torch.zeros(0, 1), [pck.Layer(torch.zeros(1, 1))], steps=0, lr=rate, momentum=momentum, tol=tol)
-    if not isinstance(trace, bool):
-        fail("trace", "True or False", repr(trace), "pass a bool", TypeError)
-    chosen = Adam() if state_optimizer == "adam" else None if state_optimizer == "sgd" else state_optimizer
-    if chosen is not None and not isinstance(chosen, Adam):
-        fail("state_optimizer", "None, 'sgd', 'adam' or pc_runner.Adam(...)", repr(state_optimizer), "choose one")
-    if chosen is not None and momentum:
-        fail("momentum", "0 with Adam", momentum, "Adam has betas of its own: pc_runner.Adam(betas=...)")
-    values = tuple(map(float, rates))
-    first = values[0] if values else 0.0
-    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None)
 
 
 class Errors(NamedTuple):
@@ -88,8 +42,8 @@ class Nodes:
     the public functions call: these look at values (class indices, masks), which would wait for the device every time.
     """
 
-    def __init__(self, states: Sequence[State], seed: int = 0):
-        self.states = list(states)
+    def __init__(self, states: Sequence[State], seed: int = 0, precision: str = "fp32"):
+        self.states, self.precision = list(states), precision
         self.seed = seed  # of the samples of Eq. 8
         self.families = [s.node.energy if isinstance(s.node.energy, str) else "" for s in states]
         self.log_vars = [s.node.log_var.detach() if s.node.log_var is not None else None for s in states]
@@ -98,6 +52,7 @@ class Nodes:
         self.own = [l for l, s in enumerate(states) if not isinstance(s.node.energy, Pair) and s.head is None]
         self.pairs = [l for l, s in enumerate(states) if isinstance(s.node.energy, Pair)]
         self.free = [l for l, s in enumerate(states) if s.free]
+        self.priors = [l for l in self.free if states[l].node.prior]
         self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
         self.scales = [float(states[l].node.lr_scale) for l in self.free]
 
@@ -105,11 +60,12 @@ class Nodes:
         return [state.phi for state in self.states]
 
     def errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
-        """Energies and their gradients: one launch, and autograd for pairs of torch.distributions."""
+        """Energies and their gradients: one launch, another for each prior, autograd for pairs of
+        torch.distributions."""
         found: Any = (None, [], [])
         if self.own:
             found = torch.ops.pc_kernels.layer_errors(*self._operands(phis, mus, self.own))
-        if not self.pairs and not self.heads:
+        if not self.pairs and not self.heads and not self.priors:
             return Errors(*found)
         return self._joined(phis, mus, self.own, *found, with_energy=True)
 
@@ -145,14 +101,29 @@ class Nodes:
         for l in self.pairs:
             out[0][l], out[1][l], out[2][l] = pair_errors(self.states[l], phis[l], mus[l], self.seed + l)
         for l in self.heads:  # clamped: no gradient of phi
-            out[0][l], out[2][l] = head_errors(self.states[l], mus[l])
+            out[0][l], out[2][l] = head_errors(self.states[l], mus[l], self.precision)
             out[1][l] = torch.zeros_like(mus[l])
-        if not with_energy:
+        if not with_energy:  # nor any gradient of phi: `update` knows the priors
             return Errors(None, by_phi, by_mu)
-        return Errors(energy if len(at) == len(phis) else torch.stack(out[0]), by_phi, by_mu)
+        for l in self.priors:
+            more, grad = prior_errors(self.states[l], phis[l])
+            rows[l] = rows[l] + more
+            by_phi[l] = None if by_phi[l] is None else by_phi[l] + grad
+        return Errors(energy if len(at) == len(phis) and not self.priors else torch.stack(out[0]), by_phi, by_mu)
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
-        """(L, B), differentiable with respect to mus and log_vars. Checks everything."""
+        """(L, B), differentiable with respect to phis, mus and log_vars. Checks everything."""
+        rows = self._local_energies(phis, mus, log_vars)
+        if not self.priors:
+            return rows
+        return torch.stack(
+            [
+                row + prior_energy(self.states[l], phis[l]) if l in self.priors else row
+                for l, row in enumerate(rows.unbind())
+            ]
+        )
+
+    def _local_energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None) -> Tensor:
         rows: list[Any] = [None] * len(phis)
         if self.own:
             clamped = [True if s.held else s.hold for s in self.states]
@@ -190,6 +161,9 @@ class Nodes:
             if self.states[l].free:
                 families[l], mus[l] = "gaussian", phis[l].clone()
                 back[l] = errors.grad_phi[l] if back[l] is None else errors.grad_phi[l] + back[l]  # type: ignore[operator]
+        for l in self.priors:  # the operator knows no prior; its gradient acts as feedback does
+            grad = prior_errors(self.states[l], phis[l])[1]
+            back[l] = grad if back[l] is None else grad + back[l]  # type: ignore[operator]
         at = self.free
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)

@@ -10,19 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pc_runner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from pc_runner.config import METHODS, TrainConfig, differences
-from pc_runner.data import Images, batches, count_batches
+from pc_runner.config import METHODS, Settings, differences
+from pc_runner.data import batches, count_batches
 from pc_runner.distributed import Learner, World, parallel
 from pc_runner.inference import Result
 from pc_runner.metrics import MetricsLog, read_rows
-from pc_runner.models.mlp import build, targets
 from pc_runner.network import PCNetwork
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -30,6 +29,7 @@ METRICS = "metrics.jsonl"
 ENERGY_EVERY = 25  # batches between two readings of the energy, which cost a trace and a synchronisation
 
 Row = dict[str, Any]
+R = TypeVar("R", bound="Run")
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - what happened, not what went wrong
@@ -37,46 +37,72 @@ class Interrupted(RuntimeError):  # noqa: N818 - what happened, not what went wr
 
 
 class Run:
-    """One training run: the network, its optimiser, and where it stands.
+    """One training run: the network, its optimiser, and where it stands. A subclass says what is trained on what.
+
+    config, data: what `make_net`, `__len__`, `samples` and `evaluate` of the subclass read.
+    figures: the names of what `evaluate` gives, the most telling first.
 
     Attributes:
         net, optimizer: what is trained, and by what.
         step, epoch, batch: batches done, epochs finished, batches done of the current epoch.
         rows: one dict per finished epoch: epoch (from 1), step, energy (final F a sample in nats, mean of the batches
-            read), accuracy (of the test images, 0 to 1), ms_per_step, seconds (of the epoch's training), backend.
+            read), what `evaluate` found, ms_per_step, seconds (of the epoch's training), backend.
     """
 
-    def __init__(self, config: TrainConfig, images: Images, world: World = World()):  # noqa: B008 - immutable
-        self.config, self.images, self.world = config, images, world
-        features = images.x_train.shape[1]
-        self.net = build(
-            config.model, config.method, features, images.classes, config.hidden, config.seed, config.lr_scale
-        )  # fmt: skip
-        self.targets = targets(self.net, images.y_train, images.classes)
-        self.optimizer = make_optimizer(config.optimizer, self.net, config.theta_lr)
+    figures: tuple[str, ...] = ()
+
+    def __init__(self, config: Any, data: Any, world: World = World()):  # noqa: B008 - immutable
+        self.config, self.data, self.world = config, data, world
+        self.net = self.make_net()
+        self.optimizer = make_optimizer(config, self.net)
         self._learner = parallel(self.net, world) if world.size > 1 else None
         self.step = self.epoch = self.batch = 0
         self.rows: list[Row] = []
         self.backend = ""
         self._begin_epoch()
-        self.net.infer(images.x_train[:1], self.targets[:1], steps=0)  # raises now what training would raise
+        x, y, how = self.samples(torch.arange(1))
+        self.net.infer(x, y, steps=0, **how)  # raises now what training would raise
+
+    def make_net(self) -> PCNetwork:
+        """The network with its first weights."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Training samples."""
+        raise NotImplementedError
+
+    def samples(self, index: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """x and y of the training samples at `index`, and what `infer` takes beside them (masks, noise)."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Row:
+        """The figures of a finished epoch, by name; plain JSON values."""
+        raise NotImplementedError
+
+    def rates(self) -> float | list[float]:
+        """The phi lr of every move, or one for all."""
+        return self.config.phi_lr
+
+    def keep(self) -> Row:
+        """What a checkpoint holds beside the weights and the progress, for those who use the network."""
+        return {}
 
     def _begin_epoch(self) -> None:
         self.batch, self._seconds, self._energies = 0, 0.0, []
 
     @property
     def batches_per_epoch(self) -> int:
-        return count_batches(len(self.images.x_train), self.config.batch_size)
+        return count_batches(len(self), self.config.batch_size)
 
     def train_batches(self) -> Iterator[float | None]:
         """Train on the rest of the epoch; yields after every batch: F per sample where it was read, else None."""
-        config, x, y = self.config, self.images.x_train, self.targets
-        order = batches(len(x), config.batch_size, seed=config.seed, epoch=self.epoch, skip=self.batch)
+        config = self.config
+        order = batches(len(self), config.batch_size, seed=config.seed, epoch=self.epoch, skip=self.batch)
         for index in order:
             started = time.perf_counter()
             read = self.batch % ENERGY_EVERY == 0
             mine = self.world.share(index)
-            result = self._learn(x[mine], y[mine], trace=read, weight=len(mine) * self.world.size / len(index))
+            result = self._learn(mine, trace=read, weight=len(mine) * self.world.size / len(index))
             energy = None
             if read:
                 assert result.energy is not None  # traced
@@ -87,20 +113,23 @@ class Run:
             self.batch, self.step = self.batch + 1, self.step + 1
             yield energy
 
-    def _learn(self, x: Tensor, y: Tensor, trace: bool, weight: float) -> Result:
+    def _learn(self, index: Tensor, trace: bool, weight: float) -> Result:
         """One inference, then `weight_updates` optimiser steps at its phis."""
         config, algorithm = self.config, METHODS[self.config.method].algorithm
-        moves = {"steps": config.steps, "lr": config.phi_lr, "momentum": config.phi_momentum}
+        x, y, how = self.samples(index)
         first: Result | None = None
         for _ in range(config.weight_updates):
             if first is None:
-                settings = {**moves, "algorithm": algorithm, "trace": trace}
+                settings = {"steps": config.steps, "lr": self.rates(), "momentum": config.phi_momentum}
+                settings |= {**how, "algorithm": algorithm, "trace": trace}
             elif algorithm == "bp":
-                settings = {"algorithm": "bp", "trace": False}
+                settings = {**how, "algorithm": "bp", "trace": False}
             else:  # the new weights' errors at the same phis; the target gives the last
-                settings = {"steps": 0, "phis": [*first.phis[:-1], None], "trace": False}
+                settings = {**how, "steps": 0, "phis": [*first.phis[:-1], None], "trace": False}
             self.optimizer.zero_grad()
             result = self._gradients(x, y, settings, weight)
+            if config.clip is not None:
+                nn.utils.clip_grad_norm_(self.net.parameters(), config.clip)
             self.optimizer.step()
             first = first or result
         assert first is not None  # weight_updates >= 1
@@ -124,7 +153,7 @@ class Run:
             "epoch": self.epoch,
             "step": self.step,
             "energy": math.fsum(self._energies) / max(len(self._energies), 1),
-            "accuracy": accuracy(self.net, self.images.x_test, self.images.y_test),
+            **self.evaluate(),
             "ms_per_step": 1000 * self._seconds / max(self.batch, 1),
             "seconds": self._seconds,
             "backend": self.backend,
@@ -143,15 +172,16 @@ class Run:
         progress = {
             "config": self.config.identity(), "step": self.step, "epoch": self.epoch, "batch": self.batch,
             "seconds": self._seconds, "energies": self._energies, "rows": self.rows, "backend": self.backend,
+            **self.keep(),
         }  # fmt: skip
         save_checkpoint(path, model=self.net.state_dict(), optimizer=self.optimizer, progress=progress)
 
     @classmethod
-    def resume(cls, path: Path, config: TrainConfig, images: Images, world: World = World()) -> Run:  # noqa: B008
+    def resume(cls, path: Path, config: Any, data: Any, world: World = World()) -> Self:  # noqa: B008
         """The run that wrote the checkpoint. Raises CheckpointError if it is damaged or of another configuration."""
         checkpoint = load_checkpoint(path)
         check_same_config(path, checkpoint.progress, config)
-        run = cls(config, images, world)
+        run = cls(config, data, world)
         load_weights(run.net, checkpoint, path)
         try:
             progress = checkpoint.progress
@@ -173,7 +203,7 @@ def load_weights(net: PCNetwork, checkpoint: Checkpoint, path: Path) -> None:
         raise CheckpointError(path, f"does not fit this network ({reason})", "check --data and --hidden") from None
 
 
-def check_same_config(path: Path, progress: dict[str, Any], config: TrainConfig) -> None:
+def check_same_config(path: Path, progress: dict[str, Any], config: Settings) -> None:
     """Raise CheckpointError unless the checkpoint was written with this configuration."""
     there, here = progress.get("config"), config.identity()
     if not isinstance(there, dict):
@@ -184,18 +214,15 @@ def check_same_config(path: Path, progress: dict[str, Any], config: TrainConfig)
         raise CheckpointError(path, f"belongs to another run ({different})", remedy)
 
 
-def make_optimizer(name: str, net: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The class of torch.optim of that name on the network's parameters, fused where it can be."""
-    kind = getattr(torch.optim, name)
-    fused = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
-    return kind(net.parameters(), lr=lr, **fused)
-
-
-def accuracy(net: PCNetwork, x: Tensor, y: Tensor, chunk: int = 4096) -> float:
-    """The part of (N, D) inputs whose largest feed-forward output is the class y (N,); 0 for none."""
-    with torch.no_grad():
-        right = [(net(a).argmax(1) == b).sum() for a, b in zip(x.split(chunk), y.split(chunk), strict=True)]
-    return int(sum(right)) / max(len(y), 1)
+def make_optimizer(config: Settings, net: nn.Module) -> torch.optim.Optimizer:
+    """The class of torch.optim that `config` names on the network's parameters, fused where it can be."""
+    kind = getattr(torch.optim, config.optimizer)
+    takes = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"fused": True} if "fused" in takes else {}
+    decay = getattr(config, "weight_decay", None)
+    if decay is not None and "weight_decay" in takes:
+        options["weight_decay"] = decay
+    return kind(net.parameters(), lr=config.theta_lr, **options)
 
 
 def epochs(
@@ -237,8 +264,9 @@ def epochs(
 
 
 def train(
-    config: TrainConfig,
-    images: Images,
+    kind: type[R],
+    config: Settings,
+    data: Any,
     out: Path,
     *,
     resume: bool = False,
@@ -248,8 +276,8 @@ def train(
     progress: bool = False,
     report: Callable[[Row], None] = lambda row: None,
     world: World = World(),  # noqa: B008 - immutable
-) -> Run:
-    """Train with everything kept in `out`: `checkpoint.safetensors` and, a line per epoch, `metrics.jsonl`.
+) -> R:
+    """Train a run of `kind`, all kept in `out`: `checkpoint.safetensors` and, a line per epoch, `metrics.jsonl`.
 
     resume: continue from the checkpoint, as if never interrupted. report: called with each row as it comes.
     tensorboard: also write the rows for TensorBoard. Others as in `epochs`.
@@ -260,7 +288,7 @@ def train(
         raise CheckpointError(checkpoint, "is there already", "add --resume to continue it, or choose another --out")
     if resume and not checkpoint.exists():
         raise CheckpointError(checkpoint, "is not there", "leave --resume out to start, or check --out")
-    run = Run.resume(checkpoint, config, images, world) if resume else Run(config, images, world)
+    run = kind.resume(checkpoint, config, data, world) if resume else kind(config, data, world)
     world.any(False)  # every process has looked for the checkpoint before one is written
     if not world.first:
         for _ in epochs(run, checkpoint=checkpoint, checkpoint_every=checkpoint_every, stop=stop):
