@@ -107,8 +107,8 @@ class Nodes:
             return Errors(None, by_phi, by_mu)
         for l in self.priors:
             more, grad = prior_errors(self.states[l], phis[l])
-            rows[l] = rows[l] + more
-            by_phi[l] = None if by_phi[l] is None else by_phi[l] + grad
+            out[0][l] = out[0][l] + more
+            out[1][l] = None if out[1][l] is None else out[1][l] + grad
         return Errors(energy if len(at) == len(phis) and not self.priors else torch.stack(out[0]), by_phi, by_mu)
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
