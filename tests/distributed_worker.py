@@ -43,8 +43,16 @@ def work_ipc(out: Path, world: World) -> None:
     """out/ipc.pt: weights after batches of 12 and 7 in float64, by `ipc` with momentum. Each process draws its own
     first weights; the first one's are to count."""
     torch.manual_seed(world.rank)
-    first = nn.Linear(6, 5), nn.Tanh(), PCNode("gaussian"), nn.Linear(5, 4), nn.Tanh(), PCNode("laplace")
-    net = PCNetwork(nn.Sequential(*first, nn.Linear(4, 3)), output="categorical").double()
+    layers = (
+        nn.Linear(6, 5),
+        nn.Tanh(),
+        PCNode("gaussian"),
+        nn.Linear(5, 4),
+        nn.Tanh(),
+        PCNode("laplace"),
+        nn.Linear(4, 3),
+    )
+    net = PCNetwork(nn.Sequential(*layers), output="categorical").double()
     optimizer = SharedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), world)
     data = torch.Generator().manual_seed(9)
     for size in (12, 7):

@@ -3,8 +3,8 @@
 
 from pc_runner.distributions import Pair
 from pc_runner.inference import Result
+from pc_runner.moves import Adam
 from pc_runner.network import PCNetwork
 from pc_runner.node import PCNode
-from pc_runner.settle import Adam
 
 __all__ = ["Adam", "PCNetwork", "PCNode", "Pair", "Result"]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pc_runner.engine import Traced
-from pc_runner.settle import Moves, Nodes, Settled, check_finite, finish_trace, spread
+from pc_runner.moves import Moves
+from pc_runner.settle import Nodes, Settled, check_finite, finish_trace, spread
 
 
 def obstacle(engine_kind: str, nodes: Nodes, moves: Moves) -> str | None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from pc_runner.distributions import Pair
 from pc_runner.inference import Result
+from pc_runner.moves import Adam
 from pc_runner.network import PCNetwork
 from pc_runner.node import PCNode, fail
-from pc_runner.settle import Adam
 
 Times = str | Sequence[int]
 LossFn = Callable[[Tensor, Tensor], Tensor]

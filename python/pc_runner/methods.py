@@ -14,8 +14,9 @@ from pc_runner.algorithms import NO_TARGET
 from pc_runner.capture import Captures, obstacle
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
+from pc_runner.moves import Moves
 from pc_runner.node import PCNode, fail
-from pc_runner.settle import AdamState, Errors, Moves, Nodes, Run, Settled, check_finite, finish_trace, settle
+from pc_runner.settle import AdamState, Errors, Nodes, Run, Settled, check_finite, finish_trace, settle
 from pc_runner.tracing import Fixed, Step
 from pc_runner.walk import Program, Request, State, draws, record, same_draws
 

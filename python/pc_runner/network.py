@@ -16,8 +16,8 @@ from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
 from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
+from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
-from pc_runner.settle import read_moves
 from pc_runner.tracing import Step
 from pc_runner.walk import Program, Request, make_program
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The E-step on any module: T simultaneous moves of all free states, in two operator calls a step beside the module's.
 
-One `pck.layer_errors` for the energies and errors of all nodes, one `pck.update_phi_` for all moves. Nothing is read
+One operator for the errors of all nodes (and their energies, where they are wanted), one for all moves. Nothing is read
 back from the device inside the loop, except with `tol` every `CHECK_EVERY` moves.
 """
 
@@ -20,61 +20,11 @@ from pc_kernels import library
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
-from pc_runner.node import fail
+from pc_runner.moves import Moves
 from pc_runner.prior import prior_energy, prior_errors
 from pc_runner.walk import State
 
 CHECK_EVERY = 8
-
-
-class Adam(NamedTuple):
-    """The state optimiser Adam (Kingma & Ba 2015), with `infer`'s lr; one fused call for all nodes."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True)
-class Moves:
-    """How states move. rates: one lr per move, instead of `lr`. optimizer: None for gradient descent with `momentum`,
-    or `Adam`."""
-
-    steps: int = 32
-    lr: float = 0.1
-    momentum: float = 0.0
-    tol: float | None = None
-    optimizer: Adam | None = None
-    trace: bool = True
-    rates: tuple[float, ...] | None = None
-    precision: str = "fp32"  # of the products of an output behind a linear layer
-
-    def at(self, step: int) -> Moves:
-        """The same with the lr of one move."""
-        return self if self.rates is None else replace(self, lr=self.rates[step], rates=None)
-
-
-def read_moves(
-    steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any, precision: str = "fp32"
-) -> Moves:
-    """The settings of `infer`, checked. ValueError or TypeError names the bad one."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        fail("steps", "a whole number >= 0", repr(steps), "check the configuration")
-    several = isinstance(lr, (list, tuple))
-    rates: list[Any] = list(lr) if several else [lr]
-    if several and len(rates) != steps:
-        fail("lr", f"a number, or {steps} of them, one per move", f"{len(rates)} numbers", "pass as many as steps")
-    for rate in rates:  # checks them
-        pck.infer(torch.zeros(0, 1), [pck.Layer(torch.zeros(1, 1))], steps=0, lr=rate, momentum=momentum, tol=tol)
-    if not isinstance(trace, bool):
-        fail("trace", "True or False", repr(trace), "pass a bool", TypeError)
-    chosen = Adam() if state_optimizer == "adam" else None if state_optimizer == "sgd" else state_optimizer
-    if chosen is not None and not isinstance(chosen, Adam):
-        fail("state_optimizer", "None, 'sgd', 'adam' or pc_runner.Adam(...)", repr(state_optimizer), "choose one")
-    if chosen is not None and momentum:
-        fail("momentum", "0 with Adam", momentum, "Adam has betas of its own: pc_runner.Adam(betas=...)")
-    values = tuple(map(float, rates))
-    first = values[0] if values else 0.0
-    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None, precision)
 
 
 class Errors(NamedTuple):
@@ -157,8 +107,8 @@ class Nodes:
             return Errors(None, by_phi, by_mu)
         for l in self.priors:
             more, grad = prior_errors(self.states[l], phis[l])
-            rows[l] = rows[l] + more
-            by_phi[l] = None if by_phi[l] is None else by_phi[l] + grad
+            out[0][l] = out[0][l] + more
+            out[1][l] = None if out[1][l] is None else out[1][l] + grad
         return Errors(energy if len(at) == len(phis) and not self.priors else torch.stack(out[0]), by_phi, by_mu)
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
