@@ -12,20 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import link, markdown
+from benchmarks.report_language import memory_section, output_section, perplexity_section, step_section
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- figures -->", "<!-- /figures -->"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def link(path: Path) -> str:
-    """To a file of results."""
-    return f"[{path.name}](benchmarks/results/{path.name})"
 
 
 def accuracy_of(entry: dict[str, Any]) -> str:
@@ -224,6 +216,10 @@ def figures() -> str:
     parts += [timing_section(path) for path in sorted(RESULTS.glob("cpu_infer*.json"))]
     parts += [training_section(path) for path in sorted(RESULTS.glob("cpu_training_step*.json"))]
     parts += [vae_section(path) for path in sorted(RESULTS.glob("cpu_vae*.json"))]
+    parts += [perplexity_section(path) for path in sorted(RESULTS.glob("fig7_*.json"))]
+    parts += [step_section(path) for path in sorted(RESULTS.glob("cpu_transformer*.json"))]
+    parts += [output_section(path) for path in sorted(RESULTS.glob("cpu_linear_softmax*.json"))]
+    parts += [memory_section(path) for path in sorted(RESULTS.glob("memory*.json"))]
     parts += [resources_section(path) for path in sorted(RESULTS.glob("triton_resources*.json"))]
     return "\n\n".join(parts)
 

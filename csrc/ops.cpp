@@ -125,10 +125,16 @@ NodeCall describe(Tensors phis, Tensors mus, const Extras& extras, const Flags* 
   return call;
 }
 
-Tensor run_errors(const NodeCall& call) {
+template <class T>
+T* entries_of(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : tensor.data_ptr<T>();
+}
+
+// The energies (nodes, batch); no entries where they are not wanted (on the CPU).
+Tensor run_errors(const NodeCall& call, bool with_energy = true) {
   const int64_t count = static_cast<int64_t>(call.nodes.size());
   const at::ScalarType dtype = call.dtype == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor energy = at::empty({count, call.batch}, at::TensorOptions().dtype(dtype).device(call.device));
+  Tensor energy = at::empty({with_energy ? count : 0, call.batch}, at::TensorOptions().dtype(dtype).device(call.device));
   if (call.batch == 0) return energy;
 #if defined(PC_WITH_CUDA)
   if (call.device.is_cuda()) {
@@ -137,9 +143,9 @@ Tensor run_errors(const NodeCall& call) {
   }
 #endif
   if (call.dtype == at::kFloat) {
-    layer_errors_cpu(call.nodes.data(), count, call.batch, energy.data_ptr<float>());
+    layer_errors_cpu(call.nodes.data(), count, call.batch, entries_of<float>(energy));
   } else {
-    layer_errors_cpu(call.nodes.data(), count, call.batch, energy.data_ptr<double>());
+    layer_errors_cpu(call.nodes.data(), count, call.batch, entries_of<double>(energy));
   }
   return energy;
 }
@@ -169,6 +175,21 @@ Tensor layer_energies(Tensors phis, Tensors mus, const Names& energies, const Op
                       const Optionals& holds, const Flags& clamped) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return run_errors(describe(phis, mus, {energies, log_vars, masks, holds}, &clamped));
+}
+
+// The part of layer_errors that a step needs, on the CPU: dE/dmu, and the energies where they are wanted.
+std::tuple<Tensor, std::vector<Tensor>> layer_deltas(Tensors phis, Tensors mus, const Names& energies, const Optionals& log_vars,
+                                                     const Optionals& masks, const Optionals& holds, const Flags& clamped,
+                                                     bool with_energy) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  NodeCall call = describe(phis, mus, {energies, log_vars, masks, holds}, &clamped);
+  std::vector<Tensor> grad_mu;
+  for (size_t l = 0; l < call.nodes.size(); ++l) {
+    grad_mu.push_back(at::empty(mus[l].sizes(), at::TensorOptions().dtype(call.dtype).device(call.device)));
+    call.nodes[l].grad_mu = grad_mu.back().data_ptr();
+  }
+  const Tensor energy = run_errors(call, with_energy);
+  return {energy, grad_mu};
 }
 
 // A tensor to be changed in place: itself where it is contiguous, else a copy that `finish` writes back.
@@ -300,6 +321,9 @@ TORCH_LIBRARY(pc_kernels_native, m) {
       "layer_errors(Tensor[] phis, Tensor[] mus, str[] energies, Tensor?[] log_vars, Tensor?[] masks, Tensor?[] holds, "
       "bool[] clamped) -> (Tensor energy, Tensor[] grad_phi, Tensor[] grad_mu)");
   m.def(
+      "layer_deltas(Tensor[] phis, Tensor[] mus, str[] energies, Tensor?[] log_vars, Tensor?[] masks, Tensor?[] holds, "
+      "bool[] clamped, bool with_energy) -> (Tensor energy, Tensor[] grad_mu)");
+  m.def(
       "layer_energies(Tensor[] phis, Tensor[] mus, str[] energies, Tensor?[] log_vars, Tensor?[] masks, Tensor?[] holds, "
       "bool[] clamped) -> Tensor");
   m.def(
@@ -313,7 +337,10 @@ TORCH_LIBRARY(pc_kernels_native, m) {
   m.impl("layer_energies", &pc::layer_energies); \
   m.impl("update_phi_", &pc::update_phi_)
 
-TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { PC_LAYER_OPS(m); }
+TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) {
+  PC_LAYER_OPS(m);
+  m.impl("layer_deltas", &pc::layer_deltas);
+}
 #if defined(PC_WITH_CUDA)
 TORCH_LIBRARY_IMPL(pc_kernels_native, CUDA, m) { PC_LAYER_OPS(m); }
 #endif

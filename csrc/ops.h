@@ -37,7 +37,7 @@ struct NodeDesc {
   double lr;             // of this node: lr * lr_scale
 };
 
-// energy[node * batch + sample] and, where asked for, the gradients.
+// energy[node * batch + sample] (null: not wanted) and, where asked for, the gradients.
 template <class T>
 void layer_errors_cpu(const NodeDesc* nodes, int64_t count, int64_t batch, T* energy);
 

@@ -209,7 +209,7 @@ struct GaussianFull {
   }
 };
 
-// phi, mu hold logits, p = softmax(phi), q = softmax(mu): E = <p, ln p - ln q>. The row's part is `categorical_row`.
+// phi, mu hold logits, p = softmax(phi), q = softmax(mu): E = <p, ln p - ln q>. The row's part is `categorical_rows`.
 struct Categorical {
   // With d = phi - mu - (lse(phi) - lse(mu)) as rounded, ln(p/q) = d - log1p(sum of change), also where p and q agree.
   template <class V>
@@ -324,22 +324,34 @@ struct Poisson : Elementwise {  // phi, mu hold log rates: E = e^phi (phi - mu) 
   }
 };
 
-// p, q <- the two softmaxes, log_ratio <- ln(p/q) (0 where masked), room for n each.
+// p, q <- the two softmaxes of `rows` rows, log_ratio <- ln(p/q) (0 where masked), room for rows * n each.
 template <class T>
-PC_HD void categorical_row(int64_t n, const T* phi, const T* mu, const uint8_t* mask, T* p, T* q, T* log_ratio) {
-  const SoftmaxRow<T> top = softmax_row(n, visible(n, phi, mask, p), p);
-  const SoftmaxRow<T> bottom = softmax_row(n, visible(n, mu, mask, q), q);
-  const T shift = top.max - bottom.max, offset = top.log_sum - bottom.log_sum;  // apart: a large shift rounds nothing
-  PC_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) log_ratio[i] = phi[i] - mu[i] - shift - offset;
+PC_HD void categorical_rows(int rows, int64_t n, const T* phi, const T* mu, const uint8_t* mask, T* p, T* q, T* log_ratio) {
+  SoftmaxRow<T> top[kRowsAtOnce], bottom[kRowsAtOnce];
+  double changed[kRowsAtOnce];
+  T correction[kRowsAtOnce];
+  softmax_rows(rows, n, visible(rows * n, phi, mask, p), p, top);
+  softmax_rows(rows, n, visible(rows * n, mu, mask, q), q, bottom);
+  for (int r = 0; r < rows; ++r) {
+    const T shift = top[r].max - bottom[r].max, offset = top[r].log_sum - bottom[r].log_sum;  // apart: a large shift rounds
+    const T *phi_r = phi + r * n, *mu_r = mu + r * n;                                          // nothing
+    T* ratio = log_ratio + r * n;
+    each(n, [=](int64_t i) { ratio[i] = phi_r[i] - mu_r[i] - shift - offset; });
+  }
   if (mask != nullptr) {
     PC_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) log_ratio[i] = pick(mask[i], log_ratio[i], T(0));
+    for (int64_t i = 0; i < rows * n; ++i) log_ratio[i] = pick(mask[i], log_ratio[i], T(0));
   }
-  const double changed = row_sum<T>(n, [=](int64_t i) { return Categorical::change(p[i], q[i], log_ratio[i]); });
-  const T correction = log1p(T(changed));
+  for (int r = 0; r < rows; ++r) {
+    const T *p_r = p + r * n, *q_r = q + r * n, *ratio = log_ratio + r * n;
+    changed[r] = row_sum<T>(n, [=](int64_t i) { return Categorical::change(p_r[i], q_r[i], ratio[i]); });
+  }
   PC_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) log_ratio[i] -= correction;
+  for (int r = 0; r < rows; ++r) correction[r] = log1p(T(changed[r]));
+  for (int r = 0; r < rows; ++r) {
+    T *ratio = log_ratio + r * n, by = correction[r];
+    each(n, [=](int64_t i) { ratio[i] -= by; });
+  }
 }
 
 }  // namespace pc

@@ -232,34 +232,56 @@ PC_HD V x_log_x(V x) {
 // rows on one thread (CUDA has its own reductions): sums in a fixed order, in blocks that vectorise
 
 constexpr int kBlock = 256;
+constexpr int kRowsAtOnce = 16;  // at most: short rows are worked on together
+constexpr int64_t kEntriesAtOnce = 1024;
 
-// v[0] <- v[0] op v[1] op ... op v[n-1], pairwise; v has room for kBlock, n <= kBlock.
-template <class T, class Op>
-PC_HD T tree(T* v, int n, T neutral, Op op) {
-  int half = 1;
-  while (2 * half < n) half *= 2;
-  for (int i = n; i < 2 * half; ++i) v[i] = neutral;
-  for (; half > 0; half /= 2) {
+PC_HD int64_t rows_at_once(int64_t width) {
+  const int64_t rows = kEntriesAtOnce / (width > 0 ? width : 1);
+  return rows < 1 ? 1 : rows > kRowsAtOnce ? kRowsAtOnce : rows;
+}
+
+constexpr int kLanes = 16;  // results that run side by side: a loop of this length vectorises without a remainder
+
+// f(i) for i < n; f writes what belongs to i alone. Indices of 64 bits: where a narrower one may wrap nothing vectorises.
+template <class F>
+PC_HD void each(int64_t n, F f) {
+  int64_t start = 0;
+  for (; start + kLanes <= n; start += kLanes) {
     PC_INDEPENDENT
-    for (int i = 0; i < half; ++i) v[i] = op(v[i], v[i + half]);
+    for (int64_t j = 0; j < kLanes; ++j) f(start + j);
   }
-  return v[0];
+  PC_INDEPENDENT
+  for (int64_t i = start; i < n; ++i) f(i);
+}
+
+// op over f(i), n <= kBlock: lane by lane, then the lanes pairwise.
+template <class T, class F, class Op>
+PC_HD T fold(int64_t n, T neutral, F f, Op op) {
+  T lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = neutral;
+  int64_t start = 0;
+  for (; start + kLanes <= n; start += kLanes) {
+    PC_INDEPENDENT
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = op(lanes[j], f(start + j));
+  }
+  PC_INDEPENDENT
+  for (int64_t j = 0; j < n - start; ++j) lanes[j] = op(lanes[j], f(start + j));
+  for (int j = 0; j < 8; ++j) lanes[j] = op(lanes[j], lanes[j + 8]);
+  for (int j = 0; j < 4; ++j) lanes[j] = op(lanes[j], lanes[j + 4]);
+  return op(op(lanes[0], lanes[2]), op(lanes[1], lanes[3]));
 }
 template <class T>
-PC_HD T tree_sum(T* v, int n) {
-  return tree(v, n, T(0), [](T a, T b) { return a + b; });
+PC_HD T tree_sum(const T* v, int n) {
+  return fold(n, T(0), [=](int64_t i) { return v[i]; }, [](T a, T b) { return a + b; });
 }
 
-// sum of f(i): pairwise within a block, blocks in double. f may write what belongs to i alone.
+// sum of f(i): in lanes within a block, blocks in double. f may write what belongs to i alone.
 template <class T, class F>
 PC_HD double row_sum(int64_t n, F f) {
   double total = 0;
   for (int64_t start = 0; start < n; start += kBlock) {
-    T block[kBlock];
-    const int m = static_cast<int>(n - start < kBlock ? n - start : kBlock);
-    PC_INDEPENDENT
-    for (int i = 0; i < m; ++i) block[i] = f(start + i);
-    total += tree_sum(block, m);
+    const int64_t m = n - start < kBlock ? n - start : kBlock;
+    total += fold(m, T(0), [=](int64_t i) { return f(start + i); }, [](T a, T b) { return a + b; });
   }
   return total;
 }
@@ -268,10 +290,8 @@ template <class T>
 PC_HD T row_max(int64_t n, const T* x) {
   T most = -INFINITY;
   for (int64_t start = 0; start < n; start += kBlock) {
-    T block[kBlock];
-    const int m = static_cast<int>(n - start < kBlock ? n - start : kBlock);
-    for (int i = 0; i < m; ++i) block[i] = x[start + i];
-    const T found = tree(block, m, T(-INFINITY), [](T a, T b) { return a > b ? a : b; });
+    const int64_t m = n - start < kBlock ? n - start : kBlock;
+    const T found = fold(m, T(-INFINITY), [=](int64_t i) { return x[start + i]; }, [](T a, T b) { return a > b ? a : b; });
     most = found > most ? found : most;
   }
   return most;
@@ -282,15 +302,30 @@ struct SoftmaxRow {  // softmax(x) = e^(x - max) / sum, its logarithm x - max - 
   T max, log_sum;
 };
 
-// p <- softmax(x), x = -inf taking no part; x may be p.
+// p <- softmax(x) of `rows` rows, x = -inf taking no part; x may be p. A step is done for all rows before the next one: a
+// short row is a chain of results that wait for each other, and rows do not wait for rows.
+template <class T>
+PC_HD void softmax_rows(int rows, int64_t n, const T* x, T* p, SoftmaxRow<T>* out) {
+  double sum[kRowsAtOnce];
+  for (int r = 0; r < rows; ++r) out[r].max = row_max(n, x + r * n);
+  for (int r = 0; r < rows; ++r) {
+    const T *from = x + r * n, most = out[r].max;
+    T* to = p + r * n;
+    sum[r] = row_sum<T>(n, [=](int64_t i) { return to[i] = exp(from[i] - most); });
+  }
+  for (int r = 0; r < rows; ++r) {
+    const T scale = T(1 / sum[r]);
+    T* to = p + r * n;
+    each(n, [=](int64_t i) { to[i] *= scale; });
+  }
+  for (int r = 0; r < rows; ++r) out[r].log_sum = T(::log(sum[r]));
+}
+
 template <class T>
 PC_HD SoftmaxRow<T> softmax_row(int64_t n, const T* x, T* p) {
-  const T most = row_max(n, x);
-  const double sum = row_sum<T>(n, [=](int64_t i) { return p[i] = exp(x[i] - most); });
-  const T scale = T(1 / sum);
-  PC_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) p[i] *= scale;
-  return {most, T(::log(sum))};
+  SoftmaxRow<T> out;
+  softmax_rows(1, n, x, p, &out);
+  return out;
 }
 
 // m ? a : b for m = 0 or 1, in bits: a select whose parts differ in size does not vectorise.

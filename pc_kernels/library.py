@@ -25,6 +25,7 @@ _NODES = (
 _SCHEMAS = (
     f"layer_energies({_NODES}) -> Tensor",
     f"layer_errors({_NODES}) -> (Tensor, Tensor[], Tensor[])",
+    f"layer_deltas({_NODES}, bool with_energy) -> (Tensor, Tensor[])",
     "update_phi_(Tensor(a!)[] phis, Tensor[] mus, Tensor?[] feedback, str[] energies, str[] rules, "
     "float lr, float momentum, Tensor(b!)[] velocities, float[] lr_scales, "
     "Tensor?[] log_vars, Tensor?[] masks, Tensor?[] holds) -> ()",
@@ -66,10 +67,27 @@ def _run_infer(x: Tensor, *rest: Any) -> Any:
     return dispatch.module(dispatch.choose(infer_task(precision, tol, priors), telling_of((x, *rest)))).infer(x, *rest)
 
 
+# The ops as the loops call them: where nobody traces, the backend directly, since the way through the dispatcher takes
+# 30 us in Python.
+
+
+def _traced(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
 def infer(x: Tensor, *rest: Any) -> Any:
-    """The op; where nobody traces, the backend directly: the way through the dispatcher takes 30 us in Python."""
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack()
-    return torch.ops.pc_kernels.infer(x, *rest) if traced else _run_infer(x, *rest)
+    """The op."""
+    return torch.ops.pc_kernels.infer(x, *rest) if _traced(x) else _run_infer(x, *rest)
+
+
+def layer_deltas(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> Any:
+    """The op."""
+    return (torch.ops.pc_kernels.layer_deltas if _traced(mus[0]) else _run_deltas)(phis, mus, *rest)
+
+
+def update_phi_(phis: Sequence[Tensor], mus: Sequence[Tensor], *rest: Any) -> None:
+    """The op."""
+    (torch.ops.pc_kernels.update_phi_ if _traced(mus[0]) else _run_update)(phis, mus, *rest)
 
 
 def _run_weight_grads(deltas: Sequence[Tensor], *rest: Any) -> Any:
@@ -85,6 +103,16 @@ def _run_on_nodes(op: str, phis, mus, energies, log_vars, masks, holds, clamped)
     return run(phis, mus, energies, spread_log_vars(energies, log_vars), masks, holds, clamped)
 
 
+def _run_deltas(phis, mus, energies, log_vars, masks, holds, clamped, with_energy) -> Any:
+    """What a step needs of `layer_errors`: dE/dmu, and the energies (without: (0, B)). No derivatives."""
+    backend = dispatch.module(dispatch.choose("layer_errors", mus[:1]))
+    arguments = phis, mus, energies, spread_log_vars(energies, log_vars), masks, holds, clamped
+    if hasattr(backend, "layer_deltas"):
+        return backend.layer_deltas(*arguments, with_energy)
+    energy, _, grad_mu = backend.layer_errors(*arguments)
+    return energy if with_energy else energy[:0], grad_mu
+
+
 def spread_log_vars(energies: Sequence[str], log_vars: Sequence[Tensor]) -> list[Tensor | None]:
     """One entry per node again, None where the family has no log variance."""
     present = iter(log_vars)
@@ -93,6 +121,7 @@ def spread_log_vars(energies: Sequence[str], log_vars: Sequence[Tensor]) -> list
 
 _library.impl("layer_energies", partial(_run_on_nodes, "layer_energies"), "CompositeExplicitAutograd")
 _library.impl("layer_errors", partial(_run_on_nodes, "layer_errors"), "CompositeExplicitAutograd")
+_library.impl("layer_deltas", _run_deltas, "CompositeExplicitAutograd")
 _library.impl("update_phi_", _run_update, "CompositeExplicitAutograd")
 _library.impl("infer", _run_infer, "CompositeExplicitAutograd")
 _library.impl("weight_grads", _run_weight_grads, "CompositeExplicitAutograd")
@@ -116,6 +145,12 @@ def _(phis, mus, energies, log_vars, masks, holds, clamped):
     energy = mus[0].new_empty(len(mus), mus[0].shape[0], dtype=_energy_dtype(mus[0]))
     grad_phi = [mu.new_empty(phi.shape) for phi, mu in zip(phis, mus, strict=True)]
     return energy, grad_phi, [mu.new_empty(mu.shape) for mu in mus]
+
+
+@torch.library.register_fake("pc_kernels::layer_deltas")
+def _(phis, mus, energies, log_vars, masks, holds, clamped, with_energy):
+    energy = mus[0].new_empty(len(mus) if with_energy else 0, mus[0].shape[0], dtype=_energy_dtype(mus[0]))
+    return energy, [mu.new_empty(mu.shape) for mu in mus]
 
 
 @torch.library.register_fake("pc_kernels::update_phi_")

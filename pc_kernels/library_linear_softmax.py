@@ -27,7 +27,8 @@ _library.define(
 
 def _run(v, weight, bias, target, mask, weight_grads, precision, energy="categorical"):  # a default does not arrive
     op = OP if energy == "categorical" else f"{OP} of {energy}"
-    op = op if precision == "fp32" else f"{op} in {precision}"
+    if precision != "fp32":
+        op = f"{op} in {precision}" + (" with weight gradients" if weight_grads else "")
     return dispatch.module(dispatch.choose(op, [v])).linear_softmax_errors(
         v, weight, bias, target, mask, weight_grads, precision, energy
     )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Trains a small M2 in float64 by PC and BP, alone or under torchrun: `distributed_worker.py OUT EPOCHS [resume]`."""
+"""Trains a small M2 in float64 by PC and BP, and a small net by `ipc`, alone or under torchrun:
+`distributed_worker.py OUT EPOCHS [resume]`."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pc_runner import PCNetwork, PCNode
 from pc_runner.classifier import ClassifierRun
 from pc_runner.config import TrainConfig
 from pc_runner.data import load_images
-from pc_runner.distributed import joined
+from pc_runner.distributed import SharedOptimizer, World, joined
 from pc_runner.train import train
+from torch import nn
 
 METHODS = ("pc_fkl", "bp")
 
@@ -31,8 +34,36 @@ def work(out: Path, epochs: int, resume: bool = False) -> None:
         with joined() as world:
             for method in METHODS:
                 train(ClassifierRun, replace(config, method=method), images, out / method, resume=resume, world=world)
+            work_ipc(out, world)
     finally:
         torch.set_default_dtype(before)
+
+
+def work_ipc(out: Path, world: World) -> None:
+    """out/ipc.pt: weights after batches of 12 and 7 in float64, by `ipc` with momentum. Each process draws its own
+    first weights; the first one's are to count."""
+    torch.manual_seed(world.rank)
+    layers = (
+        nn.Linear(6, 5),
+        nn.Tanh(),
+        PCNode("gaussian"),
+        nn.Linear(5, 4),
+        nn.Tanh(),
+        PCNode("laplace"),
+        nn.Linear(4, 3),
+    )
+    net = PCNetwork(nn.Sequential(*layers), output="categorical").double()
+    optimizer = SharedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9), world)
+    data = torch.Generator().manual_seed(9)
+    for size in (12, 7):
+        x = torch.randn(size, 6, generator=data, dtype=torch.float64)
+        y = torch.randint(0, 3, (size,), generator=data)
+        mine = world.share(torch.arange(size))
+        optimizer.weight = len(mine) * world.size / size
+        net.infer(x[mine], y[mine], steps=6, algorithm="ipc", optimizer=optimizer)
+    if world.first:
+        out.mkdir(parents=True, exist_ok=True)
+        torch.save(net.state_dict(), out / "ipc.pt")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pc_runner.checkpoint import load_checkpoint
 from pc_runner.cli import main
-from pc_runner.distributed import World
+from pc_runner.distributed import Learner, SharedOptimizer, World
 
 from tests import distributed_worker
 
@@ -41,6 +41,8 @@ def test_two_processes_are_one_on_the_joint_batch_and_resume_as_any_number(tmp_p
     one, two = tmp_path / "one", tmp_path / "two"
     distributed_worker.work(one, 2)
     torchrun([str(WORKER), str(two), "1"])
+    by_ipc = [torch.load(folder / "ipc.pt") for folder in (one, two)]
+    assert furthest(*by_ipc) < 1e-12
     distributed_worker.work(two, 2, resume=True)  # another number of processes goes on
     for method in distributed_worker.METHODS:
         assert furthest(weights(two / method), weights(one / method)) < 1e-12
@@ -64,3 +66,13 @@ def test_shares_are_the_batch():
     parts = [World(rank, 3).share(index) for rank in range(3)]
     assert torch.equal(torch.cat(parts).sort().values, index)
     assert (World().mean(2.0, 1, 4), World().any(True), World(1, 2).first) == (2.0, True, False)
+
+
+def test_what_ipc_cannot_share_is_said():
+    net = distributed_worker.PCNetwork(torch.nn.Linear(2, 2), output="gaussian")
+    x, y = torch.ones(3, 2), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="algorithm: wanted one with a loss after infer, got 'ipc'"):
+        Learner(net)(x, y, 1.0, {"algorithm": "ipc"})
+    optimizer = SharedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), World())
+    with pytest.raises(ValueError, match="tol: wanted None where processes share the optimiser"):
+        net.infer(x, y, algorithm="ipc", optimizer=optimizer, tol=0.1)

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pc_runner import reproduce_language
+from pc_runner import fig7
 from pc_runner.checkpoint import load_checkpoint
 from pc_runner.cli import main
-from pc_runner.config import ConfigError, LanguageConfig
+from pc_runner.config import LANGUAGE_METHODS, ConfigError, LanguageConfig
 from pc_runner.data import batches
 from pc_runner.experiments import LANGUAGE, config_from, settings
+from pc_runner.fig7 import Fig7, run_fig7
 from pc_runner.language_run import LanguageRun
 from pc_runner.metrics import read_rows
-from pc_runner.reproduce_language import BP_RATES, PC_RATES, Fig7, run_fig7
 from pc_runner.tokens import Tokens
 from pc_runner.train import CHECKPOINT, METRICS, epochs
 
@@ -150,7 +150,7 @@ def test_bad_input_is_one_line(tmp_path, capsys) -> None:
 
 
 def test_every_method_has_as_many_tries() -> None:
-    assert len(BP_RATES) == len(PC_RATES)
+    assert {len(Fig7(SMALL).tries(method)) for method in LANGUAGE_METHODS} == {6}
 
 
 def test_settings_name_who_has_them() -> None:
@@ -163,8 +163,9 @@ def test_settings_name_who_has_them() -> None:
 
 def test_the_figure_in_pieces_is_the_figure_in_one(tmp_path, tokens, capsys, monkeypatch) -> None:
     """Search, runs, summary; a second call adds what is missing and repeats nothing."""
-    monkeypatch.setattr(reproduce_language, "BP_RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(reproduce_language, "PC_RATES", ((1e-2, 0.1), (1e-2, 0.01)))
+    monkeypatch.setattr(fig7, "BP_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(fig7, "THETA_RATES", (1e-2,))
+    monkeypatch.setattr(fig7, "OTHER_PHI_RATES", (0.1, 0.01))
     base = replace(SMALL, limit=40, epochs=1)
     one = run_fig7(Fig7(base, ("bp", "pc_fkl"), (0, 1), True), tokens, tmp_path / "one", progress=False)
     searched = read_rows(tmp_path / "one" / "search.jsonl")

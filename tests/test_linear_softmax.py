@@ -326,6 +326,27 @@ def test_the_compiled_backend_has_a_form_for_every_size(energy: str, gen: torch.
             assert distance(got, want) <= 2 * distance(beside, want) + 4 * EPS, (rows, classes, width)
 
 
+@pytest.mark.parametrize("classes", [129, 2050])
+@pytest.mark.parametrize("width", [33, 128])
+@pytest.mark.parametrize("energy", ["categorical", "gaussian"])
+def test_bf16_compiled(energy: str, width: int, classes: int, gen: torch.Generator) -> None:
+    """The energy is that of rounded operands; grad_v is as far from the truth as plain torch with bfloat16 products."""
+    given = problem(gen, (70,), classes, width, "index", dtype=torch.float32)
+    rounded = replace(given, v=_bits_kept(given.v, 8), weight=_bits_kept(given.weight, 8))
+    want, exact = truth(rounded, family=energy), truth(given, family=energy)
+    with pck.use_backend("reference"):
+        beside = run(given, precision="bf16", weight_grads=False, energy=energy)
+    try:
+        with pck.use_backend("cpp"):
+            got = run(given, precision="bf16", weight_grads=False, energy=energy)
+    except pck.BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    assert distance(got.energy, want[0]) < 1e-5
+    assert exact[1] is not None
+    assert distance(got.grad_v, exact[1]) <= 2 * distance(beside.grad_v, exact[1])
+    assert distance(got.grad_v, beside.grad_v) < 2.0**-8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_do_not_change_a_bit(dtype: torch.dtype, gen: torch.Generator) -> None:
     given = problem(gen, (300,), 1031, 40, "index", masked=True, dtype=dtype)

@@ -240,6 +240,25 @@ def test_compiled_copied_and_stored_networks_infer_alike(tmp_path):
     assert torch.allclose(net.infer(x, y, steps=3).energy, rows, rtol=1e-9, atol=1e-12)  # parameters are read anew
 
 
+@pytest.mark.filterwarnings("default")  # torch's own, while it compiles
+def test_what_inductor_compiles_infers_and_learns_alike():
+    net, x, y = nets.make("Residual")
+
+    def outcome(on):
+        with torch.no_grad():
+            found = [on(x)]
+        result = on.infer(x, y, steps=3)
+        on.backward(result)
+        found += [*result.phis, result.energy, *(p.grad.clone() for p in net.parameters())]
+        net.zero_grad()
+        return found
+
+    wanted = outcome(net)
+    for compiled in (torch.compile(net), PCNetwork(torch.compile(net.module), output="gaussian")):
+        for a, b in zip(outcome(compiled), wanted, strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-13)
+
+
 class Wrong(nn.Module):
     def __init__(self, kind):
         super().__init__()

@@ -61,20 +61,25 @@ View<T> view_of(const NodeDesc& node, int64_t b, T* room) {
   return v;
 }
 
-int64_t row_room(const NodeDesc* nodes, int64_t count) {
+int64_t room_for(const NodeDesc* nodes, int64_t count) {
   int64_t most = 0;
   for (int64_t l = 0; l < count; ++l) {
-    if (nodes[l].energy == Energy::categorical) most = std::max(most, 3 * nodes[l].width);
+    if (nodes[l].energy == Energy::categorical) most = std::max(most, row_room(nodes[l].width));
   }
   return most;
+}
+
+Form form_of(const NodeDesc& node, bool with_energy) {
+  if (node.clamped) return !node.grad_mu ? Form::kTargetEnergy : with_energy ? Form::kTargetErrors : Form::kTargetGradMu;
+  if (node.grad_phi) return Form::kErrors;
+  return !node.grad_mu ? Form::kEnergy : with_energy ? Form::kDeltas : Form::kGradMu;
 }
 
 template <class T>
 void errors_of_sample(const NodeDesc& node, int64_t b, T* room, T* energy) {
   const View<T> v = view_of(node, b, room);
-  const Form errors = node.clamped ? Form::kTargetErrors : Form::kErrors;
-  const Form only_energy = node.clamped ? Form::kTargetEnergy : Form::kEnergy;
-  *energy = static_cast<T>(run_node(node.energy, v, node.grad_mu ? errors : only_energy));
+  const double found = run_node(node.energy, v, form_of(node, energy != nullptr));
+  if (energy != nullptr) *energy = static_cast<T>(found);
   if (!node.clamped) zero_where(1, v.hold, node.phi_sample, v.grad_phi);
 }
 
@@ -94,8 +99,8 @@ void move_sample(const NodeDesc& node, int64_t b, T momentum, T* g, T* room) {
 
 template <class T>
 void layer_errors_cpu(const NodeDesc* nodes, int64_t count, int64_t batch, T* energy) {
-  for_each_sample<T>(nodes, count, batch, row_room(nodes, count), [=](int64_t l, int64_t b, T* room) {
-    errors_of_sample(nodes[l], b, room, energy + l * batch + b);
+  for_each_sample<T>(nodes, count, batch, room_for(nodes, count), [=](int64_t l, int64_t b, T* room) {
+    errors_of_sample(nodes[l], b, room, at(energy, l * batch + b));
   });
 }
 
@@ -103,7 +108,7 @@ template <class T>
 void update_phi_cpu(const NodeDesc* nodes, int64_t count, int64_t batch, double momentum) {
   int64_t most = 0;
   for (int64_t l = 0; l < count; ++l) most = std::max(most, nodes[l].phi_sample);
-  const int64_t rows = row_room(nodes, count);  // then a sample's direction and, a byte each, which entries move
+  const int64_t rows = room_for(nodes, count);  // then a sample's direction and, a byte each, which entries move
   for_each_sample<T>(nodes, count, batch, rows + 2 * most, [=](int64_t l, int64_t b, T* room) {
     move_sample(nodes[l], b, static_cast<T>(momentum), room + rows, room);
   });

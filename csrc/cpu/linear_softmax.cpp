@@ -4,7 +4,8 @@
 //
 //     a = v W^T + b (tile),  energy and delta = dE/da in place,  grad_v = delta W (tile)
 //
-// With weight gradients the tiles of a group also leave delta^T behind, and grad_weight += delta^T v follows by blocks of
+// In bf16 the operands of both products are rounded, delta among them; sums are float32. With weight gradients (fp32 alone)
+// the tiles of a group also leave delta^T behind, and grad_weight += delta^T v follows by blocks of
 // classes. Every sum has a fixed order, whatever the number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -49,6 +50,7 @@ struct Problem {
 template <class T>
 struct Room {  // of a thread
   std::vector<T> logits, scratch, one_hot;
+  std::vector<at::BFloat16> rounded;  // with bf16: the rows of one factor, zeros up to an even number of columns
 };
 
 template <class T>
@@ -83,17 +85,38 @@ double row_errors(const Problem<T>& p, int64_t row, T* a, Room<T>& room) {
   return energy;
 }
 
+// x (m, n) as the left factor of a product with pairs
+const at::BFloat16* round_rows(int64_t m, int64_t n, const float* x, std::vector<at::BFloat16>& out) {
+  for (int64_t i = 0; i < m; ++i) {
+    at::BFloat16* row = out.data() + i * paired(n);
+    to_bfloat16(n, x + i * n, reinterpret_cast<uint16_t*>(row));
+    if (n % 2) row[n] = 0.0f;
+  }
+  return out.data();
+}
+
 // grad_v (m, inputs) = delta W, in steps over the classes: a piece of delta serves all columns while it is near.
-void pull(const Weight<float>& w, int64_t m, const float* delta, float* out) {
-  for (int64_t k = 0; k < w.width; k += kDepth) {
-    const int64_t depth = std::min(kDepth, w.width - k);
+void pull(const Weight<float>& w, int64_t m, const float* delta, float* out, Room<float>& room) {
+  const bool pairs = w.backward_pairs != nullptr;
+  const int64_t depth = pairs ? paired(w.width) : w.width;
+  const at::BFloat16* rounded = pairs ? round_rows(m, w.width, delta, room.rounded) : nullptr;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t inner = std::min(kDepth, depth - k);
     for (int64_t first = 0; first < w.inputs; first += kPanel) {
-      at::native::cpublas::brgemm(m, std::min(kPanel, w.inputs - first), depth, w.width, w.inputs, w.inputs, k > 0,
-                                  delta + k, w.rows + k * w.inputs + first, out + first);
+      const int64_t columns = std::min(kPanel, w.inputs - first);
+      if (pairs) {
+        at::native::cpublas::brgemm(m, columns, inner, depth, columns, w.inputs, k > 0, rounded + k,
+                                    w.backward_pairs + first * depth + k * columns, out + first, true);
+      } else {
+        at::native::cpublas::brgemm(m, columns, inner, depth, w.inputs, w.inputs, k > 0, delta + k,
+                                    w.rows + k * w.inputs + first, out + first);
+      }
     }
   }
 }
-void pull(const Weight<double>& w, int64_t m, const double* delta, double* out) { backward(w, m, delta, w.width, out, w.inputs); }
+void pull(const Weight<double>& w, int64_t m, const double* delta, double* out, Room<double>&) {
+  backward(w, m, delta, w.width, out, w.inputs);
+}
 
 // Leaves delta where `accumulate` reads it: transposed, since a micro-kernel's left factor is row-major.
 void leave(const Problem<float>& p, int64_t m, int64_t at_row, const float* delta) {
@@ -137,16 +160,25 @@ void accumulate(const Problem<double>& p, int64_t first, int64_t count) {
   }
 }
 
+void predict(const Problem<float>& p, int64_t m, const float* v, Room<float>& room) {
+  if (p.weight.forward_pairs == nullptr) return forward(p.weight, m, v, p.inputs, room.logits.data(), p.classes);
+  const at::BFloat16* left = round_rows(m, p.inputs, v, room.rounded);
+  multiply_pairs(m, p.inputs, p.classes, left, paired(p.inputs), p.weight.forward_pairs, false, room.logits.data(), p.classes);
+}
+void predict(const Problem<double>& p, int64_t m, const double* v, Room<double>& room) {
+  forward(p.weight, m, v, p.inputs, room.logits.data(), p.classes);
+}
+
 template <class T>
 void run_tile(const Problem<T>& p, int64_t row, int64_t m, int64_t group, Room<T>& room) {
   T* logits = room.logits.data();
-  forward(p.weight, m, p.v + row * p.inputs, p.inputs, logits, p.classes);
+  predict(p, m, p.v + row * p.inputs, room);
   for (int64_t i = 0; i < m; ++i) {
     T* a = logits + i * p.classes;
     if (p.bias != nullptr) activate<T>(Activation::identity, p.classes, p.bias, a, a);
     p.energy[row + i] = static_cast<T>(row_errors(p, row + i, a, room));
   }
-  pull(p.weight, m, logits, p.grad_v + row * p.inputs);
+  pull(p.weight, m, logits, p.grad_v + row * p.inputs, room);
   if (p.grad_weight != nullptr) leave(p, m, row - group, logits);
 }
 
@@ -158,17 +190,37 @@ void run(const Problem<T>& p) {
     const int64_t share = (count + threads - 1) / threads;  // a tile for every thread, where there are few rows
     const int64_t tile = std::min(tile_rows<T>(p.classes), std::max<int64_t>(share, 1));
     at::parallel_for(0, (count + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
-      Room<T> room{std::vector<T>(tile * p.classes), std::vector<T>(4 * p.classes), std::vector<T>(p.classes)};
+      Room<T> room{std::vector<T>(tile * p.classes), std::vector<T>(4 * p.classes), std::vector<T>(p.classes), {}};
+      if (p.weight.forward_pairs) room.rounded.resize(tile * paired(std::max(p.classes, p.inputs)));
       for (int64_t t = begin; t < end; ++t) run_tile(p, first + t * tile, std::min(tile, count - t * tile), first, room);
     });
     if (p.grad_weight != nullptr) accumulate(p, first, count);
   }
 }
 
+// W^T and W as pairs
+void round_weight(Weight<float>& w, Call& call) {
+  auto room = [&](int64_t inner, int64_t outer) {
+    return call.keep(at::empty({paired(inner) * outer}, at::kBFloat16)).data_ptr<at::BFloat16>();
+  };
+  at::BFloat16 *forward = room(w.inputs, w.width), *backward = room(w.width, w.inputs);
+  at::parallel_for(0, panel_count(w.width), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) pack_pair_panel(w.rows, w.inputs, w.width, 1, w.inputs, p, forward);
+  });
+  at::parallel_for(0, panel_count(w.inputs), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) pack_pair_panel(w.rows, w.width, w.inputs, w.inputs, 1, p, backward);
+  });
+  w.forward_pairs = forward, w.backward_pairs = backward;
+}
+
 template <class T>
-Weight<T> weight_of(const Tensor& weight, Call& call) {
+Weight<T> weight_of(const Tensor& weight, bool pairs, Call& call) {
   Weight<T> out{weight.size(0), weight.size(1), weight.data_ptr<T>(), nullptr, nullptr, nullptr};
   if constexpr (std::is_same_v<T, float>) {
+    if (pairs) {
+      round_weight(out, call);
+      return out;
+    }
     float* panels = call.keep(at::empty_like(weight)).template data_ptr<float>();
     at::parallel_for(0, panel_count(out.width), 8, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) pack_panel(out.rows, out.width, out.inputs, p, panels);
@@ -182,7 +234,7 @@ struct Arguments {
   Tensor v, weight;
   std::optional<Tensor> bias;
   Tensor target;
-  bool weight_grads, squared;
+  bool weight_grads, squared, bf16;
 };
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -201,7 +253,7 @@ Results errors_of(const Arguments& given) {
   if (rows == 0) return {energy, grad_v, grad_weight, grad_bias};
   Problem<T> p{};
   p.rows = rows, p.classes = classes, p.inputs = inputs;
-  p.v = v.data_ptr<T>(), p.weight = weight_of<T>(weight, call);
+  p.v = v.data_ptr<T>(), p.weight = weight_of<T>(weight, given.bf16, call);
   p.bias = biased ? call.keep(*given.bias).template data_ptr<T>() : nullptr;
   p.index = soft ? nullptr : checked_indices(call, given.target, classes);
   p.target = soft ? call.keep(given.target).template data_ptr<T>() : nullptr;
@@ -218,13 +270,17 @@ Results errors_of(const Arguments& given) {
 
 // Rows that the mask leaves out get zeros; the others are computed alone.
 Results linear_softmax_errors(const Tensor& v, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
-                              const std::optional<Tensor>& mask, bool weight_grads, const std::string& energy) {
+                              const std::optional<Tensor>& mask, bool weight_grads, const std::string& precision,
+                              const std::string& energy) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_VALUE(energy == "categorical" || energy == "gaussian", "energy: wanted categorical or gaussian, got ", energy);
   TORCH_CHECK_VALUE(v.dim() == 2 && weight.dim() == 2 && weight.size(1) == v.size(1) && target.size(0) == v.size(0),
                     "v: wanted rows (R, V) beside weight (D, V) and R targets, got ", v.sizes(), ", ", weight.sizes(), ", ",
                     target.sizes());
-  Arguments given{v, weight, bias, target, weight_grads, energy == "gaussian"};
+  TORCH_CHECK_VALUE(precision == "fp32" || precision == "bf16", "precision: wanted fp32 or bf16, got ", precision);
+  TORCH_CHECK_VALUE(precision == "fp32" || (v.scalar_type() == at::kFloat && !weight_grads),
+                    "precision: wanted fp32 with float64 or with weight gradients, got ", precision);
+  Arguments given{v, weight, bias, target, weight_grads, energy == "gaussian", precision == "bf16"};
   Tensor shown;
   if (mask.has_value()) {
     shown = mask->nonzero().squeeze(1);
@@ -245,7 +301,7 @@ Results linear_softmax_errors(const Tensor& v, const Tensor& weight, const std::
 TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
   m.def(
       "linear_softmax_errors(Tensor v, Tensor weight, Tensor? bias, Tensor target, Tensor? mask, bool weight_grads, "
-      "str energy) -> (Tensor, Tensor, Tensor, Tensor)");
+      "str precision, str energy) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(pc_kernels_native, CPU, m) { m.impl("linear_softmax_errors", &pc::linear_softmax_errors); }

@@ -72,57 +72,119 @@ PC_HD double pair_row(const View<T>& v, int64_t row) {
   });
 }
 
+// The categorical kernels take a view of at most kRowsAtOnce rows.
+
 template <int W, class T>
-PC_HD double free_categorical_row(const View<T>& v, int64_t start) {
+PC_HD double free_categorical(const View<T>& v) {
   const int64_t n = v.width;
-  T *p = v.room, *q = p + n, *log_ratio = q + n;
-  T *grad_phi = at(v.grad_phi, start), *grad_mu = at(v.grad_mu, start);
-  categorical_row(n, v.phi + start, v.mu + start, at(v.mask, start), p, q, log_ratio);
+  const int rows = static_cast<int>(v.rows);
+  T *p = v.room, *q = p + rows * n, *log_ratio = q + rows * n;
+  categorical_rows(rows, n, v.phi, v.mu, v.mask, p, q, log_ratio);
   constexpr int kWant = W & kGradPhi ? W | kEnergy : W;  // dE/dphi needs the row's energy
-  const double energy = row_sum<T>(n, [=](int64_t i) {
-    const Local<T> out = Categorical::free<kWant>(p[i], q[i], log_ratio[i]);
-    if constexpr (W & kGradMu) grad_mu[i] = out.grad_mu;
-    return out.energy;
-  });
-  if constexpr (W & kGradPhi) {
-    const T mean = static_cast<T>(energy);
-    PC_INDEPENDENT
-    for (int64_t i = 0; i < n; ++i) grad_phi[i] = Categorical::grad_phi(p[i], log_ratio[i], mean);
+  double energy[kRowsAtOnce], total = 0;
+  for (int r = 0; r < rows; ++r) {
+    const T *p_r = p + r * n, *q_r = q + r * n, *ratio = log_ratio + r * n;
+    T* grad_mu = at(v.grad_mu, r * n);
+    if constexpr (kWant & kEnergy) {
+      energy[r] = row_sum<T>(n, [=](int64_t i) {
+        const Local<T> out = Categorical::free<kWant>(p_r[i], q_r[i], ratio[i]);
+        if constexpr (W & kGradMu) grad_mu[i] = out.grad_mu;
+        return out.energy;
+      });
+      total += energy[r];
+    } else {
+      each(n, [=](int64_t i) { grad_mu[i] = Categorical::free<kWant>(p_r[i], q_r[i], ratio[i]).grad_mu; });
+    }
   }
-  return energy;
+  for (int r = 0; W & kGradPhi && r < rows; ++r) {
+    const T mean = static_cast<T>(energy[r]), *p_r = p + r * n, *ratio = log_ratio + r * n;
+    T* grad_phi = v.grad_phi + r * n;
+    each(n, [=](int64_t i) { grad_phi[i] = Categorical::grad_phi(p_r[i], ratio[i], mean); });
+  }
+  return total;
 }
 
 template <int W, class T>
-PC_HD double indexed_categorical_row(const View<T>& v, int64_t row) {
-  const int64_t n = v.width, start = row * n, k = v.index[row];
-  const T* mu = v.mu + start;
-  const uint8_t* mask = at(v.mask, start);
-  T* q = W & kGradMu ? v.grad_mu + start : v.room;
-  const SoftmaxRow<T> stats = softmax_row(n, visible(n, mu, mask, q), q);
-  if (mask != nullptr && !mask[k]) {  // the only class of the target takes no part: nothing is left to predict
-    if constexpr (W & kGradMu) std::fill(q, q + n, T(0));
-    return 0;
-  }
-  if constexpr (W & kGradMu) q[k] -= 1;
-  return -((mu[k] - stats.max) - stats.log_sum);
-}
-
-template <int W, class T>
-PC_HD double target_categorical_row(const View<T>& v, int64_t start) {
+PC_HD double indexed_categorical(const View<T>& v) {
   const int64_t n = v.width;
-  const uint8_t* mask = at(v.mask, start);
-  const T *target = v.phi + start, *mu = v.mu + start;
-  T *q = v.room, *o = q + n, *log_q = o + n, *grad_mu = at(v.grad_mu, start);
-  const SoftmaxRow<T> stats = softmax_row(n, visible(n, mu, mask, q), q);
-  PC_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) o[i] = target[i], log_q[i] = (mu[i] - stats.max) - stats.log_sum;
-  zero_where(0, mask, n, o);
-  const T sum = static_cast<T>(row_sum<T>(n, [=](int64_t i) { return o[i]; }));
-  return row_sum<T>(n, [=](int64_t i) {
-    const Local<T> out = Categorical::target<W>(o[i], q[i], log_q[i], sum);
-    if constexpr (W & kGradMu) grad_mu[i] = out.grad_mu;
-    return out.energy;
-  });
+  const int rows = static_cast<int>(v.rows);
+  T* q = W & kGradMu ? v.grad_mu : v.room;
+  SoftmaxRow<T> stats[kRowsAtOnce];
+  softmax_rows(rows, n, visible(rows * n, v.mu, v.mask, q), q, stats);
+  double total = 0;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t k = r * n + v.index[r];
+    if (v.mask != nullptr && !v.mask[k]) {  // the only class of the target takes no part: nothing is left to predict
+      if constexpr (W & kGradMu) std::fill_n(q + r * n, n, T(0));
+      continue;
+    }
+    if constexpr (W & kGradMu) q[k] -= 1;
+    total -= (v.mu[k] - stats[r].max) - stats[r].log_sum;
+  }
+  return total;
+}
+
+template <int W, class T>
+PC_HD double target_categorical(const View<T>& v) {
+  const int64_t n = v.width;
+  const int rows = static_cast<int>(v.rows);
+  T *q = v.room, *o = q + rows * n, *log_q = o + rows * n;
+  SoftmaxRow<T> stats[kRowsAtOnce];
+  softmax_rows(rows, n, visible(rows * n, v.mu, v.mask, q), q, stats);
+  double total = 0;
+  for (int r = 0; r < rows; ++r) {
+    const SoftmaxRow<T> row = stats[r];
+    const T *target = v.phi + r * n, *mu = v.mu + r * n, *q_r = q + r * n;
+    T *o_r = o + r * n, *log_q_r = log_q + r * n, *grad_mu = at(v.grad_mu, r * n);
+    each(n, [=](int64_t i) { o_r[i] = target[i], log_q_r[i] = (mu[i] - row.max) - row.log_sum; });
+    zero_where(0, at(v.mask, r * n), n, o_r);
+    const T sum = static_cast<T>(row_sum<T>(n, [=](int64_t i) { return o_r[i]; }));
+    total += row_sum<T>(n, [=](int64_t i) {
+      const Local<T> out = Categorical::target<W>(o_r[i], q_r[i], log_q_r[i], sum);
+      if constexpr (W & kGradMu) grad_mu[i] = out.grad_mu;
+      return out.energy;
+    });
+  }
+  return total;
+}
+
+template <int W, bool Clamped, class T>
+PC_HD double categorical(const View<T>& v) {
+  if constexpr (!Clamped) {
+    return free_categorical<W>(v);
+  } else {
+    return v.index ? indexed_categorical<W>(v) : target_categorical<W>(v);
+  }
+}
+
+// `rows` rows from `row` on.
+template <class T>
+PC_HD View<T> rows_of(View<T> v, int64_t row, int64_t rows) {
+  v.rows = rows;
+  v.phi = at(v.phi, row * v.phi_width), v.grad_phi = at(v.grad_phi, row * v.phi_width);
+  v.mu += row * v.width, v.grad_mu = at(v.grad_mu, row * v.width);
+  v.index = at(v.index, row), v.mask = at(v.mask, row * v.width);
+  return v;
+}
+
+template <class F, int W, bool Clamped, class T>
+PC_HD double row_family(const View<T>& v) {
+  double total = 0;
+  if constexpr (std::is_same_v<F, GaussianFull>) {
+    for (int64_t row = 0; row < v.rows; ++row) {
+      if (v.prior != 0) {
+        total += v.mask ? pair_row<W, Clamped, true, true>(v, row) : pair_row<W, Clamped, false, true>(v, row);
+      } else {
+        total += v.mask ? pair_row<W, Clamped, true, false>(v, row) : pair_row<W, Clamped, false, false>(v, row);
+      }
+    }
+  } else {
+    const int64_t group = rows_at_once(v.width);
+    for (int64_t row = 0; row < v.rows; row += group) {
+      total += categorical<W, Clamped>(rows_of(v, row, std::min(group, v.rows - row)));
+    }
+  }
+  return total;
 }
 
 template <class F, int W, bool Clamped, class T>
@@ -130,21 +192,7 @@ PC_HD double sample_energy(const View<T>& v) {
   if constexpr (std::is_base_of_v<Elementwise, F>) {
     return entry_family<F, W, Clamped>(v);
   } else {
-    double total = 0;
-    for (int64_t row = 0; row < v.rows; ++row) {
-      if constexpr (std::is_same_v<F, GaussianFull>) {
-        if (v.prior != 0) {
-          total += v.mask ? pair_row<W, Clamped, true, true>(v, row) : pair_row<W, Clamped, false, true>(v, row);
-        } else {
-          total += v.mask ? pair_row<W, Clamped, true, false>(v, row) : pair_row<W, Clamped, false, false>(v, row);
-        }
-      } else if constexpr (!Clamped) {
-        total += free_categorical_row<W>(v, row * v.width);
-      } else {
-        total += v.index ? indexed_categorical_row<W>(v, row) : target_categorical_row<W>(v, row * v.width);
-      }
-    }
-    return total;
+    return row_family<F, W, Clamped>(v);
   }
 }
 
@@ -155,6 +203,7 @@ PC_HD double by_form(const View<T>& v, Form form) {
     case Form::kEnergy: return sample_energy<F, kEnergy, false>(v);
     case Form::kGradPhi: return sample_energy<F, kGradPhi, false>(v);
     case Form::kGradMu: return sample_energy<F, kGradMu, false>(v);
+    case Form::kDeltas: return sample_energy<F, kEnergy | kGradMu, false>(v);
     case Form::kTargetErrors: return sample_energy<F, kEnergy | kGradMu, true>(v);
     case Form::kTargetGradMu: return sample_energy<F, kGradMu, true>(v);
     default: return sample_energy<F, kEnergy, true>(v);

@@ -14,17 +14,20 @@ struct View {
   const int64_t* index;
   const uint8_t *mask, *hold;
   T *grad_phi, *grad_mu;
-  T* room;  // three rows, for row families
+  T* room;  // `row_room` entries, for row families
   T prior = 0;  // of gaussian_full, as in LayerDesc
 };
+
+// What a row family needs beside its inputs and outputs: three rows, of as many as are worked on together.
+PC_HD int64_t row_room(int64_t width) { return 3 * width * rows_at_once(width); }
 
 template <class V>
 PC_HD V* at(V* pointer, int64_t offset) {
   return pointer == nullptr ? nullptr : pointer + offset;
 }
 
-// What is computed; kTarget...: phi is the target.
-enum class Form { kErrors, kEnergy, kGradPhi, kGradMu, kTargetErrors, kTargetEnergy, kTargetGradMu };
+// What is computed (kDeltas: energy and dE/dmu); kTarget...: phi is the target.
+enum class Form { kErrors, kEnergy, kGradPhi, kGradMu, kDeltas, kTargetErrors, kTargetEnergy, kTargetGradMu };
 
 // x <- 0 where the flags (null: none) equal `flag`
 template <class T>

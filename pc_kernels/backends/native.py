@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "build_info",
     "infer",
+    "layer_deltas",
     "layer_energies",
     "layer_errors",
     "linear_softmax_errors",
@@ -29,9 +30,15 @@ __all__ = [
 ]
 
 OPS = (
-    "layer_energies", "layer_errors", "update_phi_", "infer", "weight_grads", "linear_softmax_errors",
+    "layer_energies",
+    "layer_errors",
+    "update_phi_",
+    "infer",
+    "weight_grads",
+    "linear_softmax_errors",
     "linear_softmax_errors of gaussian",
-)  # fmt: skip
+)
+BF16 = ("infer in bf16_delta", *(f"{op} in bf16" for op in OPS if op.startswith("linear_softmax_errors")))
 _DTYPES = (torch.float32, torch.float64)
 _REMEDY = "build it against this torch: pip install --no-build-isolation ."
 
@@ -81,7 +88,7 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if why is not None:
         return why
     op = op.removesuffix(" with a prior").removesuffix(" with tol")
-    if op == "infer in bf16_delta":
+    if op in BF16:
         if not torch.ops.pc_kernels_native.has_bf16():
             return "this CPU has no AVX512_BF16"
     elif op not in OPS:
@@ -125,6 +132,11 @@ def layer_errors(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     return _ops().layer_errors(*args)
 
 
+def layer_deltas(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """dE/dmu per node, and the energies (L, B) where they are wanted."""
+    return _ops().layer_deltas(*args)
+
+
 def update_phi_(*args: Any) -> None:
     """One move of every node, in place."""
     _ops().update_phi_(*args)
@@ -136,9 +148,8 @@ def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
 
 
 def linear_softmax_errors(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,), in the precision that `supports` takes."""
-    *given, _precision, energy = args
-    return _ops().linear_softmax_errors(*given, energy)
+    """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,)."""
+    return _ops().linear_softmax_errors(*args)
 
 
 def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -55,9 +55,9 @@ class Captured:
     def _step(self) -> None:
         nodes = self._nodes
         mus = self._engine.mus([self.phis[l] for l in nodes.free])
-        errors = nodes.errors(self.phis, mus)
+        errors = nodes.deltas(self.phis, mus, self._engine.live, self._moves.trace)
         back = spread(self._engine.feedback(errors.grad_mu), nodes)
-        if self._moves.trace:
+        if errors.energy is not None:
             self._rows.index_copy_(0, self._row, errors.energy.mean(1).unsqueeze(0).to(self._rows.dtype))
         self._row.add_(1).remainder_(max(self._moves.steps, 1))
         nodes.update(self.phis, mus, errors, back, self._moves, self._speeds)

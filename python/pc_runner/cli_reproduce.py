@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pc_runner import fig5, fig6, memory, reproduce, reproduce_language
+from pc_runner import fig5, fig6, fig7, memory, reproduce
 from pc_runner.cli_options import add_common, add_settings, folder, given_settings, print_json, real, several, whole
 from pc_runner.config import MODELS, VAE_METHODS, VAES, ConfigError, LanguageConfig, TrainConfig, VaeConfig
 from pc_runner.data import load_images
@@ -156,12 +156,12 @@ def _run_figure(args: argparse.Namespace, wanted: fig5.Fig5, run: Any, show: Any
 
 
 def _add_fig7(parser: argparse.ArgumentParser) -> None:
-    paper = reproduce_language.PAPER
+    paper = fig7.PAPER
     parser.add_argument("--methods", type=several(str), metavar="A,B", default=paper, help="methods to train")
     parser.add_argument("--seeds", type=several(whole), metavar="N,N", default=(0, 1, 2), help="seeds")
     own = ("model", "method", "seed")
     add_settings(parser, LanguageConfig(), [n for n in LanguageConfig.__dataclass_fields__ if n not in own])
-    count = len(reproduce_language.BP_RATES)
+    count = len(fig7.BP_RATES)
     text = f"first try {count} pairs of learning rates for each method on a tenth of the sentences, seed 0"
     parser.add_argument("--search", action="store_true", help=text)
     parser.add_argument("--data-dir", metavar="DIR", help="folder with the data's files")
@@ -171,17 +171,17 @@ def _add_fig7(parser: argparse.ArgumentParser) -> None:
 
 def fig7_command(args: argparse.Namespace) -> int:
     base = LanguageConfig(**given_settings(args))
-    wanted = reproduce_language.Fig7(base, args.methods, args.seeds, args.search)
+    wanted = fig7.Fig7(base, args.methods, args.seeds, args.search)
     tokens = LANGUAGE.load(base, args.data_dir)
     with interruptible() as stop:
-        document = reproduce_language.run_fig7(
+        document = fig7.run_fig7(
             wanted, tokens, args.out, command=args.command_line, stop=stop, progress=not args.json,
             report=_reporter(args),
         )  # fmt: skip
     if args.json:
         print_json(document)
     else:
-        print(f"\n{reproduce_language.show(document)}\n{args.out / 'fig7.png'} and {args.out / 'fig7.json'}")
+        print(f"\n{fig7.show(document)}\n{args.out / 'fig7.png'} and {args.out / 'fig7.json'}")
     return 0
 
 

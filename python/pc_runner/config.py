@@ -162,7 +162,8 @@ class LanguageConfig(Settings):
 
     vocabulary, tokens: token ids, and tokens of a sample. width, blocks, heads, intermediate, tied, projections: as in
     `Transformer`. first_lr: the lr of the first L - 1 moves, L the most nodes on a way to the output, instead of
-    phi_lr; None for phi_lr. weight_decay: of optimisers that have one.
+    phi_lr; None for phi_lr. weight_decay: of optimisers that have one. precision: of the decoder's products while the
+    states settle, fp32 or bf16; the weights' gradients are always of fp32.
     """
 
     model: str = "lm"
@@ -183,6 +184,7 @@ class LanguageConfig(Settings):
     projections: bool = False
     first_lr: float | None = None
     weight_decay: float = 0.01
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.model != "lm":
@@ -197,6 +199,8 @@ class LanguageConfig(Settings):
         if self.width % self.heads:
             _fail("heads", f"a divisor of the width, {self.width}", self.heads, "every head has the same width")
         _check_number("weight_decay", self.weight_decay, math.inf)
+        if self.precision not in ("fp32", "bf16"):
+            _fail("precision", "fp32 or bf16", repr(self.precision), "bf16 is faster where the CPU has AVX512_BF16")
         if self.first_lr is not None:
             _check_number("first_lr", self.first_lr, math.inf)
 

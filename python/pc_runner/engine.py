@@ -17,16 +17,20 @@ from pc_runner.walk import Program, State, same_draws
 
 
 class Engine(Protocol):
-    """One inference's module work; `products` of (set-up, one step), None where they were not counted."""
+    """One inference's module work; `products` of (set-up, one step), None where they were not counted.
+
+    live: per node, whether `feedback` reads its dE/dmu; None: all are read.
+    """
 
     kind: str
     products: tuple[int, int] | None
+    live: Sequence[bool] | None
 
     def mus(self, phis: Sequence[Tensor]) -> list[Tensor]:
         """mu of all nodes at the free nodes' phis."""
         ...
 
-    def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
+    def feedback(self, grad_mus: Sequence[Any]) -> list[Tensor | None]:
         """For each free node (d mu / d phi)^T dE/dmu at the last `mus`; with respect to v where the step is natural."""
         ...
 
@@ -38,6 +42,7 @@ class Traced:
 
     def __init__(self, step: Step, fixed: Fixed):
         self.step = step
+        self.live: Sequence[bool] | None = step.live
         self._live = [l for l, live in enumerate(step.live) if live]
         values = list(step.constants(*fixed.flat()))
         still = [l for l, live in enumerate(step.live) if not live]
@@ -68,7 +73,7 @@ class Traced:
         self._needed = found[len(self._live) :]
         return list(self._all)
 
-    def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
+    def feedback(self, grad_mus: Sequence[Any]) -> list[Tensor | None]:
         found = iter(self.step.backward(*(grad_mus[l] for l in self._live), *self._needed, *self.hoisted))
         return [next(found) if fed else None for fed in self.step.fed]
 
@@ -78,6 +83,7 @@ class Taped:
 
     kind = "taped"
     products: tuple[int, int] | None = None
+    live: Sequence[bool] | None = None
 
     def __init__(self, program: Program, states: Sequence[State], inputs: tuple[Any, ...], rng: Sequence[Tensor]):
         self._program, self._states, self._inputs, self._rng = program, states, inputs, rng
@@ -86,7 +92,7 @@ class Taped:
         self._leaves, self._mus = tape(self._program, self._states, self._inputs, phis, self._rng)
         return [mu.detach() for mu in self._mus]
 
-    def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
+    def feedback(self, grad_mus: Sequence[Any]) -> list[Tensor | None]:
         return pull(self._mus, self._leaves, grad_mus)
 
 

@@ -33,13 +33,13 @@ def check_head(state: State, v: Tensor) -> None:
         fail("y", f"class indices 0..{classes - 1}", got, "a row that is padding belongs in masks={'output': rows}")
 
 
-def head_errors(state: State, v: Tensor) -> tuple[Tensor, Tensor]:
+def head_errors(state: State, v: Tensor, precision: str = "fp32") -> tuple[Tensor, Tensor]:
     """E (B,) and dE/dv (B, ..., V). The operator itself is called: `check_head` has looked at the values once."""
     weight, bias, target, mask = _operands(state, v)
     rows = v.reshape(-1, v.shape[-1])
     energy, grad, _, _ = torch.ops.pc_kernels.linear_softmax_errors(
         rows, weight, bias, target.reshape(len(rows), *target.shape[v.ndim - 1 :]),
-        None if mask is None else mask.reshape(-1), False, "fp32", state.node.energy,
+        None if mask is None else mask.reshape(-1), False, precision, state.node.energy,
     )  # fmt: skip
     return _per_sample(energy, v), grad.view(v.shape)
 

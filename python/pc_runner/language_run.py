@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc_runner.config import LanguageConfig
+from pc_runner.config import METHODS, LanguageConfig
 from pc_runner.language import perplexity
 from pc_runner.models.transformer import build
 from pc_runner.network import PCNetwork
@@ -31,7 +31,10 @@ class LanguageRun(Run):
 
     def samples(self, index: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         train = self.data.train
-        return train.inputs[index], train.targets[index], {"masks": {"output": train.mask[index].unsqueeze(-1)}}
+        how: dict[str, Any] = {"masks": {"output": train.mask[index].unsqueeze(-1)}}
+        if METHODS[self.config.method].algorithm == "pc":
+            how["precision"] = self.config.precision
+        return train.inputs[index], train.targets[index], how
 
     def rates(self) -> float | list[float]:
         return self.config.rates

@@ -55,7 +55,8 @@ def start(
     states = record(program, request)
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
-    nodes = Nodes(states, seed=int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0)
+    seed = int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0
+    nodes = Nodes(states, seed, moves.precision)
     nodes.check()
     return Task(owner, program, request.inputs, nodes, rng, moves, traces, captures, optimizer)
 
@@ -122,11 +123,12 @@ def infer_fixed_prediction(task: Task) -> Result:
     class Forward:
         kind = "taped"
         products: tuple[int, int] | None = None
+        live: Sequence[bool] | None = None
 
         def mus(self, phis: Sequence[Tensor]) -> list[Tensor]:
             return fixed
 
-        def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
+        def feedback(self, grad_mus: Sequence[Any]) -> list[Tensor | None]:
             return pull(mus, leaves, grad_mus, keep=True)
 
     with torch.no_grad():
@@ -233,9 +235,12 @@ def infer_ipc(task: Task) -> Result:
     if task.optimizer is None:
         fail("optimizer", "a torch optimiser with algorithm='ipc'", None, "it changes the weights at every step")
     nodes, optimizer = task.nodes, task.optimizer
+    if task.moves.tol is not None and getattr(optimizer, "shared", False):
+        remedy = "each process would stop after another move"
+        fail("tol", "None where processes share the optimiser", task.moves.tol, remedy)
 
     class Learning(Taped):
-        def feedback(self, grad_mus: Sequence[Tensor]) -> list[Tensor | None]:
+        def feedback(self, grad_mus: Sequence[Any]) -> list[Tensor | None]:
             found = pull(self._mus, self._leaves, grad_mus, keep=True)
             optimizer.zero_grad()
             with torch.enable_grad():

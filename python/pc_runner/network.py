@@ -124,7 +124,8 @@ class PCNetwork(nn.Module):
         state_optimizer: None or "sgd" (with `momentum`), "adam" or `pc_runner.Adam(...)`.
         clamp, phis, masks, noise: one entry per node in the order they are reached, the output last, or a dict by the
         modules' names ("output" for the output); meanings as in `pck.infer`. masks: instead of the nodes' own.
-        trace: keep the energies of every step. tol, precision: as in `pck.infer`; precision is for chains.
+        trace: keep the energies of every step. tol, precision: as in `pck.infer`; precision is for chains, and "bf16"
+        for the moves of a module whose output has `linear=`: of that layer's products alone, never of the learning.
 
         Raises ValueError or TypeError that names the argument, `pck.InferenceDiverged`, `pck.BackendUnavailable`.
         """
@@ -138,9 +139,10 @@ class PCNetwork(nn.Module):
             call = self._chain_call(x, y, masks, settings, algorithm)
             if call is not None:
                 return infer_chain(call, algorithm)
-        if precision != "fp32":
-            fail("precision", "'fp32' outside pck.infer's chains", repr(precision), "the module computes as it likes")
-        moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace)
+        if precision not in ("fp32", "bf16") or (precision == "bf16" and all(n.linear is None for n in self._listed())):
+            wanted = "'fp32' outside pck.infer's chains, or 'bf16' for an output with linear="
+            fail("precision", wanted, repr(precision), "the module computes as it likes")
+        moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace, precision)
         request = Request(_inputs(x), y, phis, clamp, masks, noise)
         return METHODS[algorithm](
             start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.adam import adam as adam_step
 
 import pc_kernels as pck
+from pc_kernels import library
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
@@ -45,13 +46,16 @@ class Moves:
     optimizer: Adam | None = None
     trace: bool = True
     rates: tuple[float, ...] | None = None
+    precision: str = "fp32"  # of the products of an output behind a linear layer
 
     def at(self, step: int) -> Moves:
         """The same with the lr of one move."""
         return self if self.rates is None else replace(self, lr=self.rates[step], rates=None)
 
 
-def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any) -> Moves:
+def read_moves(
+    steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: Any, trace: Any, precision: str = "fp32"
+) -> Moves:
     """The settings of `infer`, checked. ValueError or TypeError names the bad one."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         fail("steps", "a whole number >= 0", repr(steps), "check the configuration")
@@ -70,15 +74,15 @@ def read_moves(steps: Any, lr: Any, momentum: Any, tol: Any, state_optimizer: An
         fail("momentum", "0 with Adam", momentum, "Adam has betas of its own: pc_runner.Adam(betas=...)")
     values = tuple(map(float, rates))
     first = values[0] if values else 0.0
-    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None)
+    return Moves(steps, first, float(momentum), tol, chosen, trace, values if several else None, precision)
 
 
 class Errors(NamedTuple):
-    """Energies (L, B), and dE/dphi, dE/dmu of all nodes."""
+    """Energies (L, B), and dE/dphi, dE/dmu of all nodes; None where `Nodes.deltas` has left one out."""
 
-    energy: Tensor
-    grad_phi: list[Tensor]
-    grad_mu: list[Tensor]
+    energy: Tensor | None
+    grad_phi: list[Any]
+    grad_mu: list[Any]
 
 
 class Nodes:
@@ -88,8 +92,8 @@ class Nodes:
     the public functions call: these look at values (class indices, masks), which would wait for the device every time.
     """
 
-    def __init__(self, states: Sequence[State], seed: int = 0):
-        self.states = list(states)
+    def __init__(self, states: Sequence[State], seed: int = 0, precision: str = "fp32"):
+        self.states, self.precision = list(states), precision
         self.seed = seed  # of the samples of Eq. 8
         self.families = [s.node.energy if isinstance(s.node.energy, str) else "" for s in states]
         self.log_vars = [s.node.log_var.detach() if s.node.log_var is not None else None for s in states]
@@ -108,36 +112,52 @@ class Nodes:
     def errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
         """Energies and their gradients: one launch, another for each prior, autograd for pairs of
         torch.distributions."""
-        found = self._local_errors(phis, mus)
-        if not self.priors:
-            return found
-        energy, by_phi = found.energy.clone(), list(found.grad_phi)
-        for l in self.priors:
-            more, grad = prior_errors(self.states[l], phis[l])
-            energy[l] += more
-            by_phi[l] = by_phi[l] + grad
-        return Errors(energy, by_phi, found.grad_mu)
+        found = torch.ops.pc_kernels.layer_errors(*self._operands(phis, mus, self.own)) if self.own else ([], [], [])
+        if not self.pairs and not self.heads and not self.priors:
+            return Errors(*found)
+        return self._joined(phis, mus, self.own, *found)
 
-    def _local_errors(self, phis: Sequence[Tensor], mus: Sequence[Tensor]) -> Errors:
+    def deltas(
+        self, phis: Sequence[Tensor], mus: Sequence[Tensor], live: Sequence[bool] | None, with_energy: bool
+    ) -> Errors:
+        """What a plain move needs of `errors`: dE/dmu where it has a use (`live`; None: everywhere) and, on demand, the
+        energies. dE/dphi is `update`'s own, except that of pairs."""
+        at = self.own if with_energy or live is None else [l for l in self.own if live[l]]
+        found = library.layer_deltas(*self._operands(phis, mus, at), with_energy) if at else ([], [])
+        return self._joined(phis, mus, at, found[0], [None] * len(at), found[1], with_energy)
+
+    def _operands(self, phis: Sequence[Tensor], mus: Sequence[Tensor], at: Sequence[int]) -> tuple[Any, ...]:
+        """Of the operators on the nodes `at`."""
+        states = [self.states[l] for l in at]
+        return (
+            _at(phis, at), _at(mus, at), _at(self.families, at),
+            [log_var for log_var in _at(self.log_vars, at) if log_var is not None],
+            _at(self.masks, at), [s.hold for s in states], [s.held for s in states],
+        )  # fmt: skip
+
+    def _joined(
+        self, phis: Sequence[Tensor], mus: Sequence[Tensor], at: Sequence[int], energy: Any, own_phi: Sequence[Any],
+        own_mu: Sequence[Any], with_energy: bool = True,
+    ) -> Errors:  # fmt: skip
+        """One entry per node, from the operators' for the nodes `at`, and what pairs and heads add."""
         rows, by_phi, by_mu = ([None] * len(phis) for _ in range(3))
         out: tuple[list[Any], list[Any], list[Any]] = (rows, by_phi, by_mu)
-        if self.own:
-            states = [self.states[l] for l in self.own]
-            found = torch.ops.pc_kernels.layer_errors(
-                _at(phis, self.own), _at(mus, self.own), _at(self.families, self.own),
-                [log_var for log_var in _at(self.log_vars, self.own) if log_var is not None],
-                _at(self.masks, self.own), [s.hold for s in states], [s.held for s in states],
-            )  # fmt: skip
-            if not self.pairs and not self.heads:
-                return Errors(*found)
-            for place, l in enumerate(self.own):
-                out[0][l], out[1][l], out[2][l] = (found[k][place] for k in range(3))
+        for place, l in enumerate(at):
+            out[1][l], out[2][l] = own_phi[place], own_mu[place]
+            if with_energy:
+                out[0][l] = energy[place]
         for l in self.pairs:
             out[0][l], out[1][l], out[2][l] = pair_errors(self.states[l], phis[l], mus[l], self.seed + l)
         for l in self.heads:  # clamped: no gradient of phi
-            out[0][l], out[2][l] = head_errors(self.states[l], mus[l])
+            out[0][l], out[2][l] = head_errors(self.states[l], mus[l], self.precision)
             out[1][l] = torch.zeros_like(mus[l])
-        return Errors(torch.stack(out[0]), out[1], out[2])
+        if not with_energy:  # nor any gradient of phi: `update` knows the priors
+            return Errors(None, by_phi, by_mu)
+        for l in self.priors:
+            more, grad = prior_errors(self.states[l], phis[l])
+            rows[l] = rows[l] + more
+            by_phi[l] = None if by_phi[l] is None else by_phi[l] + grad
+        return Errors(energy if len(at) == len(phis) and not self.priors else torch.stack(out[0]), by_phi, by_mu)
 
     def energies(self, phis: Sequence[Tensor], mus: Sequence[Tensor], log_vars: Sequence[Any] | None = None) -> Tensor:
         """(L, B), differentiable with respect to phis, mus and log_vars. Checks everything."""
@@ -196,7 +216,7 @@ class Nodes:
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
         if at:
-            torch.ops.pc_kernels.update_phi_(
+            library.update_phi_(
                 _at(phis, at), _at(mus, at), _at(back, at), _at(families, at), self.rules, moves.lr, moves.momentum,
                 speeds, self.scales, _at(self.log_vars, at), _at(self.masks, at), _at(holds, at),
             )  # fmt: skip
@@ -276,6 +296,7 @@ class Run:
 
     def note(self, errors: Errors) -> None:
         if self.moves.trace:
+            assert errors.energy is not None  # asked for wherever there is a trace
             self.rows.append(errors.energy.mean(1))
 
     def still_active(self, step: int, gradients: Callable[[], list[Tensor]]) -> bool:
@@ -299,10 +320,11 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
     moving = [phis[l] for l in nodes.free]
     velocities = [torch.zeros_like(phi) for phi in phis] if moves.momentum else None
     adam = AdamState(moving) if moves.optimizer is not None else None
+    plain = adam is None and moves.tol is None
     steps = moves.steps if moving else 0
     for step in range(steps):
         mus = engine.mus(moving)
-        errors = nodes.errors(phis, mus)
+        errors = nodes.deltas(phis, mus, engine.live, moves.trace) if plain else nodes.errors(phis, mus)
         run.note(errors)
         back = spread(engine.feedback(errors.grad_mu), nodes)
         if not run.still_active(step, lambda: nodes.euclidean(phis, errors, back)):  # noqa: B023 - called here

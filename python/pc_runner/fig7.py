@@ -26,7 +26,9 @@ from pc_runner.tokens import Tokens
 
 PAPER = ("bp", "pc_f", "pc_fkl")
 BP_RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 8e-3)  # theta lr
-PC_RATES = tuple((theta, phi) for theta in (2e-3, 4e-3) for phi in (0.001, 0.003, 0.01))
+THETA_RATES = (2e-3, 4e-3)  # with each of the phi lrs
+PHI_RATES = {"pc_f": (0.01, 0.1, 1.0)}  # its errors are smaller by far: those of probabilities, where q saturates
+OTHER_PHI_RATES = (0.001, 0.003, 0.01)
 PROMPTS = ("The president of the United", "He said that the", "In the first half of the", "The company has")
 
 Row = dict[str, Any]
@@ -60,7 +62,7 @@ class Fig7:
         """(theta lr, phi lr) of the search: as many for every method."""
         if METHODS[method].algorithm == "bp":
             return [(theta, self.base.phi_lr) for theta in BP_RATES]
-        return list(PC_RATES)
+        return [(theta, phi) for theta in THETA_RATES for phi in PHI_RATES.get(method, OTHER_PHI_RATES)]
 
 
 def run_fig7(
