@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from pc_runner.config import VAES
 from pc_runner.models.vae import build
 from torch import Tensor, nn
 
+import pc_kernels as pck
 from benchmarks.run import RESULTS, machine
 
-T, LR, BATCH, PIXELS, LATENT, PRIOR = 32, 0.01, 128, 784, 16, 0.01
+T, LR, BATCH, PIXELS, LATENT, PRIOR = 32, 0.01, 128, 784, 16, 0.001
 
 
 class Autograd:
@@ -102,8 +104,9 @@ def measure(model: str, rounds: int, repeats: int) -> dict[str, Any]:
     noise = torch.randn(BATCH, LATENT, generator=generator)
     frozen = Autograd(net, x, noise, False)
 
-    def engine() -> list[Tensor]:
-        return net.infer(x, x, steps=T, lr=LR, noise=noise, trace=False).phis[:-1]
+    def engine(precision: str = "fp32") -> list[Tensor]:
+        with pck.use_backend("cpp"):
+            return net.infer(x, x, steps=T, lr=LR, noise=noise, trace=False, precision=precision).phis[:-1]
 
     errors = disagreement(copy.deepcopy(net).double(), x.double(), noise.double())
     if max(errors) > 1e-9:
@@ -113,6 +116,9 @@ def measure(model: str, rounds: int, repeats: int) -> dict[str, Any]:
         "autograd, weights frozen": frozen,
         "autograd with weight gradients": Autograd(net, x, noise, True),
     }
+    with suppress(pck.BackendUnavailable):  # on a CPU without bfloat16 products
+        engine("bf16_delta")
+        methods["engine, bf16_delta"] = lambda: engine("bf16_delta")
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
         for name, run in methods.items():

@@ -246,7 +246,7 @@ class VaeConfig(Settings):
     phi_lr: float = 0.01
     output: str = "gaussian"
     latent: int = 16
-    prior: float = 0.01
+    prior: float = 0.001
 
     def __post_init__(self) -> None:
         if self.model not in VAES:

@@ -26,7 +26,7 @@ from pc_runner.metrics import read_rows
 from pc_runner.models.vae import VAE, vae_of
 from pc_runner.pictures import grid, histograms, scatter
 from pc_runner.plots import table
-from pc_runner.vae_run import QUANTILES, TEST_SEED, VaeRun, drawn, quantiles
+from pc_runner.vae_run import QUANTILES, TEST_SEED, VaeRun, drawn
 
 SHOWN, SAMPLES, STOPS, EMBEDDED = 10, 6, 9, 2000  # images, samples of each, codes on the way, images in two dimensions
 PICTURES = ("reconstructions", "samples", "traversal", "latent", "variances")
@@ -39,8 +39,7 @@ class Trained(NamedTuple):
 
     title: str
     module: VAE
-    row: Row  # of its last epoch
-    phi_lr: float | None
+    about: Row  # what it is, and its figures on the test images
 
 
 def run_fig6(
@@ -88,8 +87,8 @@ def _networks(
         run = VaeRun.resume(path, job, images)
         if not run.rows:
             raise ConfigError("phi_lr", "a rate that trains", f"{job.phi_lr:g}, which diverged", "choose a smaller one")
-        lr = None if job.method == "bp" else job.phi_lr
-        found.append(Trained(TITLES[job.method], vae_of(run.net), run.rows[-1], lr))
+        about = {"phi_lr": None if job.method == "bp" else job.phi_lr, "step": run.step} | run.evaluate()
+        found.append(Trained(TITLES[job.method], vae_of(run.net), about))
     return found
 
 
@@ -105,8 +104,7 @@ def _draw(networks: list[Trained], images: Images, out: Path) -> Row:
     """All five pictures; the numbers, by method."""
     figures: dict[str, Row] = {}
     for net in networks:
-        kept = ("test_loss", "reconstruction", "kl", "epoch")
-        figures[net.title] = {"phi_lr": net.phi_lr} | {name: net.row[name] for name in kept}
+        figures[net.title] = dict(net.about)
     chosen = one_of_each(images)
     _draw_reconstructions(networks, chosen, images, out, figures)
     _draw_samples(networks, chosen[: SHOWN // 2], images, out, figures)
@@ -176,7 +174,6 @@ def _draw_codes(networks: list[Trained], images: Images, out: Path, figures: Row
         figures[net.title] |= {
             "embedding": how,
             "neighbours_accuracy": neighbours(codes, y),
-            "variances": quantiles(every),
             "variances_median_by_entry": _rounded(every.median(0).values),
             "points": [_rounded(point, 2) for point in points],
         }
