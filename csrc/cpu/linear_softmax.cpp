@@ -190,7 +190,7 @@ void run(const Problem<T>& p) {
     const int64_t share = (count + threads - 1) / threads;  // a tile for every thread, where there are few rows
     const int64_t tile = std::min(tile_rows<T>(p.classes), std::max<int64_t>(share, 1));
     at::parallel_for(0, (count + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
-      Room<T> room{std::vector<T>(tile * p.classes), std::vector<T>(4 * p.classes), std::vector<T>(p.classes), {}};
+      Room<T> room{std::vector<T>(tile * p.classes), std::vector<T>(p.classes + row_room(p.classes)), std::vector<T>(p.classes), {}};
       if (p.weight.forward_pairs) room.rounded.resize(tile * paired(std::max(p.classes, p.inputs)));
       for (int64_t t = begin; t < end; ++t) run_tile(p, first + t * tile, std::min(tile, count - t * tile), first, room);
     });

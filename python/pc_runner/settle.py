@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adam import adam as adam_step
 
 import pc_kernels as pck
-from pc_kernels import library
+from pc_kernels import ops
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
@@ -75,7 +75,7 @@ class Nodes:
         """What a plain move needs of `errors`: dE/dmu where it has a use (`live`; None: everywhere) and, on demand, the
         energies. dE/dphi is `update`'s own, except that of pairs."""
         at = self.own if with_energy or live is None else [l for l in self.own if live[l]]
-        energy, grad_mu = library.layer_deltas(*self._operands(phis, mus, at), with_energy) if at else (None, [])
+        energy, grad_mu = ops.layer_deltas(*self._operands(phis, mus, at), with_energy) if at else (None, [])
         return self._joined(phis, mus, at, energy, [None] * len(at), grad_mu, with_energy)
 
     def _operands(self, phis: Sequence[Tensor], mus: Sequence[Tensor], at: Sequence[int]) -> tuple[Any, ...]:
@@ -168,7 +168,7 @@ class Nodes:
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
         if at:
-            library.update_phi_(
+            ops.update_phi_(
                 _at(phis, at), _at(mus, at), _at(back, at), _at(families, at), self.rules, moves.lr, moves.momentum,
                 speeds, self.scales, _at(self.log_vars, at), _at(self.masks, at), _at(holds, at),
             )  # fmt: skip
