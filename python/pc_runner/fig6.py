@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,10 +185,10 @@ def _draw_codes(networks: list[Trained], images: Images, out: Path, figures: Row
 def embed(codes: Tensor, seed: int = 0) -> tuple[Tensor, str]:
     """Codes (N, D) in two dimensions (N, 2), and by what: UMAP, or PCA where umap-learn is not installed."""
     try:
-        from umap import UMAP
+        umap = import_module("umap")
     except ImportError:
         return torch.from_numpy(PCA(2, random_state=seed).fit_transform(codes.numpy())), "PCA (umap-learn is missing)"
-    found = UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(codes.numpy())
+    found = umap.UMAP(n_components=2, random_state=seed, n_jobs=1).fit_transform(codes.numpy())
     return torch.as_tensor(found), "UMAP"
 
 
