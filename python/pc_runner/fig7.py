@@ -74,7 +74,9 @@ def run_fig7(
     report: called with a line after every try and epoch. stop, progress: as in `train.epochs`; Interrupted if stopped.
     Raises ConfigError if `fig7.jsonl` holds one of these runs with other settings; nothing is trained then.
     """
-    origin = {"command": command, "machine": machine(), "note": tokens.note}
+    used = min(wanted.base.limit or len(tokens.train), len(tokens.train))
+    part = [] if used == len(tokens.train) else [f"first {used:,} training sentences"]
+    origin = {"command": command, "machine": machine(), "note": ", ".join(filter(None, [tokens.note, *part]))}
     done = read_rows(out / "fig7.jsonl")
     own = (wanted.base.theta_lr, wanted.base.phi_lr)
     for method in wanted.methods:
@@ -130,7 +132,7 @@ def _finish(
     ready = [job for job in jobs if not missing(job, done)]
     document = {
         "data": wanted.base.data, **origin, "perplexity": PERPLEXITY, "spread": "lowest to highest seed",
-        "vocabulary": tokens.vocabulary, "training_samples": len(tokens.train), "summary": summary,
+        "vocabulary": tokens.vocabulary, "training_samples": min(wanted.base.limit or len(tokens.train), len(tokens.train)), "summary": summary,
         "completions": _completions(ready, out),
     }  # fmt: skip
     lines = [_curve(method, members) for method, members in groups.items()]
