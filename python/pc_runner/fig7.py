@@ -58,6 +58,10 @@ class Fig7:
         """One run's; rates: theta lr, phi lr."""
         return replace(self.base, method=method, seed=seed, theta_lr=rates[0], phi_lr=rates[1])
 
+    def samples(self, tokens: Tokens) -> int:
+        """How many training sentences the runs see."""
+        return min(self.base.limit or len(tokens.train), len(tokens.train))
+
     def tries(self, method: str) -> list[tuple[float, float]]:
         """(theta lr, phi lr) of the search: as many for every method."""
         if METHODS[method].algorithm == "bp":
@@ -74,7 +78,7 @@ def run_fig7(
     report: called with a line after every try and epoch. stop, progress: as in `train.epochs`; Interrupted if stopped.
     Raises ConfigError if `fig7.jsonl` holds one of these runs with other settings; nothing is trained then.
     """
-    used = min(wanted.base.limit or len(tokens.train), len(tokens.train))
+    used = wanted.samples(tokens)
     part = [] if used == len(tokens.train) else [f"first {used:,} training sentences"]
     origin = {"command": command, "machine": machine(), "note": ", ".join(filter(None, [tokens.note, *part]))}
     done = read_rows(out / "fig7.jsonl")
@@ -95,7 +99,7 @@ def _search(
     wanted: Fig7, method: str, tokens: Tokens, file: Path, origin: Row, report: Callable[[str], None], **how: Any
 ) -> tuple[float, float]:
     """The rates with the least dev perplexity after one epoch of the first tenth of the training sentences, seed 0."""
-    whole = min(wanted.base.limit or len(tokens.train), len(tokens.train))
+    whole = wanted.samples(tokens)
     found: dict[tuple[float, float], float] = {}
     for number, rates in enumerate(tries := wanted.tries(method), 1):
         job = replace(wanted.config(method, 0, rates), limit=max(1, whole // 10), epochs=1)
@@ -132,7 +136,7 @@ def _finish(
     ready = [job for job in jobs if not missing(job, done)]
     document = {
         "data": wanted.base.data, **origin, "perplexity": PERPLEXITY, "spread": "lowest to highest seed",
-        "vocabulary": tokens.vocabulary, "training_samples": min(wanted.base.limit or len(tokens.train), len(tokens.train)), "summary": summary,
+        "vocabulary": tokens.vocabulary, "training_samples": wanted.samples(tokens), "summary": summary,
         "completions": _completions(ready, out),
     }  # fmt: skip
     lines = [_curve(method, members) for method, members in groups.items()]
