@@ -73,6 +73,14 @@ def infer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _inside(request.param)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU the tests of Triton's kernels run there, too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "triton_interpreter" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def gen() -> torch.Generator:
     return torch.Generator("cpu").manual_seed(0)

@@ -89,10 +89,10 @@ def pack_kernel(
         tl.store(to + there, tl.zeros((BLOCK,), tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layers", "steps", "products", "backend", "parts", "copies"])
+@triton.jit(do_not_specialize=["layers", "steps", "products", "code", "parts", "copies"])
 def collect_kernel(
     work, signals, jobs, ends, addresses, energies, recorded, trace, status,
-    batch, layers, steps, products, backend, parts, copies,
+    batch, layers, steps, products, code, parts, copies,
     FIRST_LAUNCH: tl.constexpr, TRACE: tl.constexpr, JOBS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy states and deltas out, and write status and trace: program `copies + i` cell i of the trace.
@@ -106,7 +106,7 @@ def collect_kernel(
         found = first != _NONE
         tl.store(status, steps.to(tl.int64))
         tl.store(status + 1, products.to(tl.int64))
-        tl.store(status + 2, backend.to(tl.int64))
+        tl.store(status + 2, code.to(tl.int64))
         tl.store(status + 3, tl.where(found, first % (layers + 1), 0).to(tl.int64))
         tl.store(status + 4, tl.where(found, first // (layers + 1) if TRACE else -1, -1).to(tl.int64))
     if item < copies:
