@@ -12,16 +12,16 @@ import torch
 pytestmark = pytest.mark.skipif(cuda_host.CXX is None, reason="no C++ compiler")
 
 
-@pytest.mark.parametrize("stands", [False, True])
-def test_lanes_of_a_tile(stands: bool, gen: torch.Generator) -> None:
+@pytest.mark.parametrize("across", [False, True])
+def test_lanes_of_a_tile(across: bool, gen: torch.Generator) -> None:
     """Small whole numbers: exact in bfloat16, their sums in float32."""
-    left = torch.randint(-8, 9, (16, 40), generator=gen).bfloat16()
-    right = torch.randint(-8, 9, (16, 24) if stands else (8, 24), generator=gen).bfloat16()
+    left = torch.randint(-8, 9, (32, 24) if across else (16, 40), generator=gen).bfloat16()
+    lines = torch.randint(-8, 9, (32, 8), generator=gen).bfloat16()
     out = torch.full((16, 8), float("nan"))
-    pointers = [ctypes.c_void_p(cuda_host.pointer(tensor)) for tensor in (left, right, out)]
+    pointers = [ctypes.c_void_p(cuda_host.pointer(tensor)) for tensor in (left, lines, out)]
     run = cuda_host.library("mma").multiply_tile
-    run(pointers[0], 40, pointers[1], 24, ctypes.c_bool(stands), pointers[2])
-    want = left[:, :16].float() @ (right[:, :8].float() if stands else right[:, :16].float().T)
+    run(pointers[0], left.shape[1], ctypes.c_bool(across), pointers[1], pointers[2])
+    want = (left[:, :16].float().T if across else left[:, :32].float()) @ lines.float()
     assert torch.equal(out, want)
 
 

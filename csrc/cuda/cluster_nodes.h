@@ -79,7 +79,9 @@ inline std::string describe_cluster(const ClusterNode* nodes, const int64_t* wid
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// one entry; a softmax, which needs the row, gives NaN
+// four entries, so that the family is looked up once for all of them; a softmax, which needs the row, gives NaN
+
+using Four = float[4];
 
 template <class F>
 PC_HD float value_of(float a) {
@@ -92,48 +94,76 @@ PC_HD float pulled_by(float a, float mu, float grad) {
   else return F::vjp(a, mu, grad);
 }
 
-PC_HD float activated(Activation activation, float a) {  // all but softmax
+PC_HD void activate(Activation activation, const Four& a, Four& mu) {
   switch (activation) {
-#define PC_CASE(name, type) \
-  case Activation::name: return value_of<type>(a);
+#define PC_CASE(name, type)                                     \
+  case Activation::name:                                        \
+    for (int i = 0; i < 4; ++i) mu[i] = value_of<type>(a[i]);   \
+    return;
     PC_ACTIVATIONS(PC_CASE)
 #undef PC_CASE
   }
-  return NAN;
+  for (int i = 0; i < 4; ++i) mu[i] = NAN;
 }
 
-PC_HD float pulled(Activation activation, float a, float mu, float grad) {
+// grad becomes J^T grad
+PC_HD void pull(Activation activation, const Four& a, const Four& mu, Four& grad) {
   switch (activation) {
-#define PC_CASE(name, type) \
-  case Activation::name: return pulled_by<type>(a, mu, grad);
+#define PC_CASE(name, type)                                                          \
+  case Activation::name:                                                             \
+    for (int i = 0; i < 4; ++i) grad[i] = pulled_by<type>(a[i], mu[i], grad[i]);     \
+    return;
     PC_ACTIVATIONS(PC_CASE)
 #undef PC_CASE
   }
-  return NAN;
+  for (int i = 0; i < 4; ++i) grad[i] = NAN;
 }
 
 // dE/dphi or dE/dmu of an entry of a family of single entries
 template <int W, class F>
-PC_HD Local<float> entry_of(bool clamped, float phi, float mu, float log_var) {
+PC_HD float grad_of(bool clamped, float phi, float mu, float log_var) {
   if constexpr (!std::is_base_of_v<Elementwise, F>) {
-    return {NAN, NAN, NAN};
+    return NAN;
   } else {
     if constexpr (F::kOwnTarget && (W & kGradPhi) == 0) {
-      if (clamped) return F::template target<W>(phi, mu);
+      if (clamped) return F::template target<W>(phi, mu).grad_mu;
     }
-    return F::template free<W>(phi, mu, log_var);
+    const Local<float> found = F::template free<W>(phi, mu, log_var);
+    return W == kGradPhi ? found.grad_phi : found.grad_mu;
   }
 }
 
 template <int W>
-PC_HD Local<float> entry_of(Energy energy, bool clamped, float phi, float mu, float log_var) {
+PC_HD void grads_of(Energy energy, bool clamped, const Four& phi, const Four& mu, const Four& log_var, Four& grad) {
   switch (energy) {
-#define PC_CASE(name, type) \
-  case Energy::name: return entry_of<W, type>(clamped, phi, mu, log_var);
+#define PC_CASE(name, type)                                                                               \
+  case Energy::name:                                                                                      \
+    for (int i = 0; i < 4; ++i) grad[i] = grad_of<W, type>(clamped, phi[i], mu[i], log_var[i]); \
+    return;
     PC_ENERGIES(PC_CASE)
 #undef PC_CASE
   }
-  return {NAN, NAN, NAN};
+  for (int i = 0; i < 4; ++i) grad[i] = NAN;
+}
+
+// one entry
+
+PC_HD float activated(Activation activation, float a) {
+  Four in = {a, a, a, a}, mu;
+  activate(activation, in, mu);
+  return mu[0];
+}
+PC_HD float pulled(Activation activation, float a, float mu, float grad) {
+  const Four in = {a, a, a, a}, values = {mu, mu, mu, mu};
+  Four grads = {grad, grad, grad, grad};
+  pull(activation, in, values, grads);
+  return grads[0];
+}
+PC_HD float grad_mu_of(Energy energy, bool clamped, float phi, float mu, float log_var) {
+  const Four states = {phi, phi, phi, phi}, values = {mu, mu, mu, mu}, log_vars = {log_var, log_var, log_var, log_var};
+  Four grads;
+  grads_of<kGradMu>(energy, clamped, states, values, log_vars, grads);
+  return grads[0];
 }
 
 }  // namespace pc

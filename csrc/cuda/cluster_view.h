@@ -10,8 +10,14 @@ struct RowPair {  // of a softmax: the maximum, and the sum of e^(x - maximum); 
   float max, sum;
 };
 
-struct alignas(16) Eight {
-  Bf16 x[8];
+struct alignas(16) Line {  // a column's samples, as products take them
+  Bf16 x[kTile];
+};
+struct alignas(8) Two {
+  float x[2];
+};
+struct alignas(4) TwoHalves {
+  Bf16 x[2];
 };
 
 enum Stat : int { kState, kPrediction, kDot };  // places of a node's row statistics
@@ -23,64 +29,92 @@ class ClusterView {
       : exec_(exec), run_(run), plan_(run.plan), tile_(tile) {}
 
  protected:
-  PC_HD const LayerPlan& plan(int64_t l) const { return plan_.layers[l]; }
-  PC_HD const ClusterNode& node(int64_t l) const { return run_.nodes[l]; }
-  PC_HD bool last(int64_t l) const { return l + 1 == plan_.count; }
+  PC_HD const LayerPlan& plan(int l) const { return plan_.layers[l]; }
+  PC_HD const ClusterNode& node(int l) const { return run_.nodes[l]; }
+  PC_HD bool last(int l) const { return l + 1 == plan_.count; }
   PC_HD int64_t sample(int m) const {  // rows beyond the batch repeat its last sample, and are not written out
     const int64_t b = tile_ * kTile + m;
     return b < run_.batch ? b : run_.batch - 1;
   }
-  PC_HD bool written(int m) const { return tile_ * kTile + m < run_.batch; }
-  PC_HD int64_t from(int64_t l) const { return plan(l).first[exec_.cta]; }
-  PC_HD int64_t columns(int64_t l) const {  // this CTA's, without padding
-    const int64_t end = plan(l).first[exec_.cta + 1], real = end < plan(l).width ? end : plan(l).width;
-    return real > from(l) ? real - from(l) : 0;
+  // of a narrow node, which all CTAs hold, the first one writes
+  PC_HD bool written(int l, int m) const { return tile_ * kTile + m < run_.batch && (!plan(l).narrow || exec_.cta == 0); }
+  PC_HD int from(int l) const { return plan(l).narrow ? 0 : plan(l).first[exec_.cta]; }
+  PC_HD int held_columns(int l) const {  // this CTA's, with padding: a multiple of a unit
+    return plan(l).narrow ? plan(l).padded : plan(l).first[exec_.cta + 1] - plan(l).first[exec_.cta];
+  }
+  PC_HD int blocks(int l) const { return held_columns(l) / kUnit; }
+  PC_HD bool real(int l, int j) const { return from(l) + j < plan(l).width; }
+  PC_HD int columns(int l) const {  // this CTA's, without padding
+    const int held = held_columns(l), real = plan(l).width - from(l);
+    return real < held ? (real > 0 ? real : 0) : held;
   }
   template <class T>
-  PC_HD T* here(int64_t offset) const { return reinterpret_cast<T*>(exec_.base(exec_.cta) + offset); }
+  PC_HD T* here(int offset) const { return reinterpret_cast<T*>(exec_.base(exec_.cta) + offset); }
   template <class T>
-  PC_HD T* there(int cta, int64_t offset) const { return reinterpret_cast<T*>(exec_.base(cta) + offset); }
-  PC_HD RowPair* stats(int cta, int64_t l, Stat which, int64_t of) const {
+  PC_HD T* there(int cta, int offset) const { return reinterpret_cast<T*>(exec_.base(cta) + offset); }
+  PC_HD RowPair* stats(int cta, int l, Stat which, int of) const {
     return there<RowPair>(cta, plan(l).stats) + (which * (kCluster + 1) + of) * kTile;
   }
-  PC_HD RowPair stat(int64_t l, Stat which, int m) const { return stats(exec_.cta, l, which, kCluster)[m]; }
-  PC_HD bool moves(int64_t l, int64_t t) const { return t >= node(l).moves_from; }
+  PC_HD RowPair stat(int l, Stat which, int m) const { return stats(exec_.cta, l, which, kCluster)[m]; }
+  PC_HD bool moves(int l, int64_t t) const { return t >= node(l).moves_from; }
 
-  PC_HD int64_t place(int64_t l, int m, int64_t j) const { return sample(m) * plan(l).width + from(l) + j; }
-  PC_HD bool kept(int64_t l, int m, int64_t j) const {
+  PC_HD static int at(int j, int m) { return j * kTile + m; }
+  PC_HD int64_t place(int l, int m, int j) const { return sample(m) * plan(l).width + from(l) + j; }
+  PC_HD bool kept(int l, int m, int j) const {
     const ClusterNode& d = node(l);
     return d.mask == nullptr || d.mask[sample(m) * d.mask_sample + from(l) + j];
   }
-  PC_HD bool held(int64_t l, int m, int64_t j) const {
+  PC_HD bool held(int l, int m, int j) const {
     const ClusterNode& d = node(l);
     return d.hold != nullptr && d.hold[sample(m) * d.hold_sample + from(l) + j];
   }
-  PC_HD float phi(int64_t l, int m, int64_t j) const {
+  PC_HD float start(int l, int m, int j) const {  // phi at t = 0, or the target
     const ClusterNode& d = node(l);
-    if (!d.clamped) return here<float>(plan(l).phi)[m * plan(l).slice + j];
-    if (d.index != nullptr) return d.index[sample(m)] == from(l) + j ? 1.0f : 0.0f;
-    return d.start[place(l, m, j)];
+    return d.index == nullptr ? d.start[place(l, m, j)] : d.index[sample(m)] == from(l) + j ? 1.0f : 0.0f;
   }
-  PC_HD float a(int64_t l, int m, int64_t j) const {
-    return l == 0 ? node(0).first_a[place(0, m, j)] : here<float>(plan(l).a)[m * plan(l).slice + j];
+  PC_HD float phi(int l, int m, int j) const { return here<float>(plan(l).phi)[at(j, m)]; }
+  PC_HD float mu(int l, int m, int j) const { return here<float>(plan(l).mu)[at(j, m)]; }
+  PC_HD float a(int l, int m, int j) const {
+    return l == 0 ? node(0).first_a[place(0, m, j)] : here<float>(plan(l).a)[at(j, m)];
   }
-  PC_HD float log_var(int64_t l, int64_t j) const { return node(l).log_var == nullptr ? 0.0f : node(l).log_var[from(l) + j]; }
-  PC_HD float mu(int64_t l, int m, int64_t j) const {
-    if (!is_softmax(node(l).activation)) return activated(node(l).activation, a(l, m, j));
-    const RowPair row = stat(l, kPrediction, m);
-    return exp(a(l, m, j) - row.max) / row.sum;
+  PC_HD float log_var(int l, int j) const { return node(l).log_var == nullptr ? 0.0f : node(l).log_var[from(l) + j]; }
+
+  // -------------------------------------------------------------------------------------------------------------------
+  // four entries, a lane's share of a block of 16 columns: entry i is (column j + 8 (i / 2), sample m + i % 2)
+
+  PC_HD static int column(int j, int i) { return j + i / 2 * 8; }
+  PC_HD static void get(const float* buffer, int j, int m, Four& x) {
+    const Two low = *reinterpret_cast<const Two*>(buffer + at(j, m)), high = *reinterpret_cast<const Two*>(buffer + at(j + 8, m));
+    x[0] = low.x[0], x[1] = low.x[1], x[2] = high.x[0], x[3] = high.x[1];
+  }
+  PC_HD static void put(float* buffer, int j, int m, const Four& x) {
+    *reinterpret_cast<Two*>(buffer + at(j, m)) = {{x[0], x[1]}};
+    *reinterpret_cast<Two*>(buffer + at(j + 8, m)) = {{x[2], x[3]}};
+  }
+  PC_HD static void put(Bf16* buffer, int j, int m, const Four& x) {
+    *reinterpret_cast<TwoHalves*>(buffer + at(j, m)) = {{to_bf16(x[0]), to_bf16(x[1])}};
+    *reinterpret_cast<TwoHalves*>(buffer + at(j + 8, m)) = {{to_bf16(x[2]), to_bf16(x[3])}};
   }
 
-  // f(m, j) for the entries of this CTA's columns of node l, of those in [begin, end)
+  // -------------------------------------------------------------------------------------------------------------------
+  // work for all threads of the CTA; each ends with its barrier
+
   template <class F>
-  PC_HD void entries(int64_t l, int64_t begin, int64_t end, const F& f) const {
-    const int64_t most = columns(l);
-    const int width = static_cast<int>((end < most ? end : most) - begin);
-    if (width <= 0) return exec_.sync();
-    exec_.each(kTile * width, [&](int i) { f(i / width, begin + i % width); });
+  PC_HD void entries(int l, const F& f) const {  // f(m, j) for the entries of this CTA's columns of node l
+    exec_.each(kTile * columns(l), [&](int i) { f(i % kTile, i / kTile); });
   }
-  template <class F>
-  PC_HD void entries(int64_t l, const F& f) const { entries(l, 0, plan(l).slice, f); }
+  // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on
+  template <class Count, class F>
+  PC_HD void jobs(const Count& count, const F& f) const {
+    int total = 0;
+    for (int l = 1; l < plan_.count; ++l) total += count(l);
+    exec_.warps(total, [&](int job) {
+      int l = 1;
+      for (int some = count(l); job >= some; some = count(l)) job -= some, ++l;
+      f(l, job);
+    });
+    exec_.sync();
+  }
 
   const Exec& exec_;
   const ClusterRun& run_;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The cluster-resident kernel (sm_90 and up): all T moves in one launch. What it computes, and in what order:
-// cluster_body.h, which the CPU tests run; where things lie: cluster_plan.h. Here is what a CTA is made of: 8 warps,
-// products on the tensor cores, peers' shared memory. Not yet run on hardware.
+// cluster_body.h, which the CPU tests run; where things lie: cluster_plan.h. Here is what a CTA is made of: 16 warps,
+// products on the tensor cores, peers' shared memory.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -12,7 +12,7 @@
 namespace pc {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -37,11 +37,25 @@ struct Warp {
 };
 
 // sums (16 x 8) += left (16 x 16) right (16 x 8), bfloat16 operands in the lanes' shares
-__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+__device__ __forceinline__ void multiply_add(Four& sums, const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
 }
+
+// four 8 x 8 matrices from shared memory, a row's address from each lane
+template <bool Transposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  if constexpr (Transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(address) : "memory");
+  }
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 struct Cta {
   int cta;
@@ -66,63 +80,60 @@ struct Cta {
   }
 
   template <class F>
-  __device__ __forceinline__ void each(int count, const F& f) const {
+  __device__ __forceinline__ void each(int count, const F& f) const {  // f(i) by all threads
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) f(i);
     __syncthreads();
   }
   template <class F>
-  __device__ __forceinline__ void rows(const F& f) const {
+  __device__ __forceinline__ void warps(int count, const F& f) const {  // f(i) by a warp
+    for (int i = static_cast<int>(threadIdx.x) / kLanes; i < count; i += kWarps) f(i);
+  }
+  template <class F>
+  __device__ __forceinline__ void rows(const F& f) const {  // f(sample, team)
     const Warp warp{static_cast<int>(threadIdx.x) % kLanes, kLanes};
-    for (int m = static_cast<int>(threadIdx.x) / kLanes; m < kTile; m += kWarps) f(m, warp);
+    warps(kTile, [&](int m) { f(m, warp); });
     __syncthreads();
   }
 
-  // f(m, column, sum over k < inner of left[m][k] right[column][k]) for the eight columns from column(tile) on of every tile
-  template <class Column, class F>
-  __device__ __forceinline__ void product(const Bf16* left, int64_t left_pitch, const Bf16* right, int64_t right_pitch,
-                                          int64_t inner, int64_t tiles, const Column& column, const F& f) const {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, end = static_cast<int>(inner);
-    for (int tile = static_cast<int>(threadIdx.x) / kLanes; tile < tiles; tile += kWarps) {
-      const int first = static_cast<int>(column(tile));
-      const Bf16* rows = right + first * static_cast<int>(right_pitch);
-      float sums[4] = {0, 0, 0, 0};
+  // inside `warps`: f(i) by the lanes; f(c, m) for the quads (c, c + 8) x (m, m + 1) of 16 columns, one a lane
+  template <class F>
+  __device__ __forceinline__ void lanes(int count, const F& f) const {
+#pragma unroll 8
+    for (int i = static_cast<int>(threadIdx.x) % kLanes; i < count; i += kLanes) f(i);
+  }
+  template <class F>
+  __device__ __forceinline__ void quads(const F& f) const {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    f(sum_row(lane, 0), sum_column(lane, 0));
+  }
+
+  // f(c, m, sums) for the quads of sum over k < inner of W[c][k] v[k][m]; Across: of W[k][c] v[k][m]. v: lines of 8
+  template <bool Across, class F>
+  __device__ __forceinline__ void multiply(const Bf16* weight, int pitch, const Bf16* lines, int inner, const F& f) const {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const MatrixRow row = left_row(lane, Across);
+    uint32_t left = shared_address(weight + row.row * pitch + row.column), right = shared_address(lines + right_line(lane) * kTile);
+    const uint32_t step = (Across ? 16 * pitch : 16) * sizeof(Bf16);
+    Four even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};
+    int k = 0;
 #pragma unroll 4
-      for (int k = 0; k < end; k += 16) {
-        uint32_t share[4], pairs[2];
-        load_left(share, left + k, static_cast<int>(left_pitch), lane);
-        load_right(pairs, rows + k, static_cast<int>(right_pitch), lane);
-        multiply(sums, share, pairs[0], pairs[1]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(sum_row(lane, i), first + sum_column(lane, i), sums[i]);
+    for (; k + 32 <= inner; k += 32) {
+      uint32_t first[4], second[4], both[4];
+      load_matrices<Across>(first, left);
+      load_matrices<Across>(second, left + step);
+      load_matrices<true>(both, right);
+      multiply_add(even, first, both[0], both[1]);
+      multiply_add(odd, second, both[2], both[3]);
+      left += 2 * step, right += 32 * sizeof(Line);
     }
-    __syncthreads();
-  }
-
-  // f(m, column, tile, sum over k < inner of left[m][k] right[k][column]); a tile whose column is kNowhere is left out
-  template <class Column, class F>
-  __device__ __forceinline__ void product_transposed(const Bf16* left, int64_t left_pitch, const Bf16* right, int64_t right_pitch,
-                                                     int64_t inner, int64_t tiles, const Column& column, const F& f) const {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes, end = static_cast<int>(inner);
-    for (int tile = static_cast<int>(threadIdx.x) / kLanes; tile < tiles; tile += kWarps) {
-      const int64_t first = column(tile);
-      if (first == kNowhere) continue;
-      const Bf16* corner = right + matrix_row(lane) * static_cast<int>(right_pitch) + first;
-      float sums[4] = {0, 0, 0, 0};
-      for (int k = 0; k < end; k += 16) {
-        uint32_t share[4], pairs[2];
-        load_left(share, left + k, static_cast<int>(left_pitch), lane);
-        const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(corner + k * static_cast<int>(right_pitch)));
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(pairs[0]), "=r"(pairs[1])
-                     : "r"(address)
-                     : "memory");
-        multiply(sums, share, pairs[0], pairs[1]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(sum_row(lane, i), first + sum_column(lane, i), tile, sums[i]);
+    if (k < inner) {
+      uint32_t first[4], both[4];
+      load_matrices<Across>(first, left);
+      load_matrices<true>(both, lane < 16 ? right : right - 16 * static_cast<uint32_t>(sizeof(Line)));  // there is half of it
+      multiply_add(even, first, both[0], both[1]);
     }
-    __syncthreads();
+    for (int i = 0; i < 4; ++i) even[i] += odd[i];
+    f(sum_row(lane, 0), sum_column(lane, 0), even);
   }
 };
 

@@ -41,31 +41,32 @@ struct Cta {
   void rows(const F& f) const {
     for (int m = 0; m < pc::kTile; ++m) f(m, Alone{});
   }
-  template <class Column, class F>
-  void product(const pc::Bf16* left, int64_t left_pitch, const pc::Bf16* right, int64_t right_pitch, int64_t inner, int64_t tiles,
-               const Column& column, const F& f) const {
-    for (int64_t i = 0; i < 8 * tiles; ++i) {
-      const int64_t j = column(i / 8) + i % 8;
-      for (int m = 0; m < pc::kTile; ++m) {
-        float x = 0;
-        for (int64_t k = 0; k < inner; ++k) x += pc::widen(left[m * left_pitch + k]) * pc::widen(right[j * right_pitch + k]);
-        f(m, j, x);
-      }
+  template <class F>
+  void warps(int count, const F& f) const {
+    for (int i = 0; i < count; ++i) f(i);
+  }
+  template <class F>
+  void lanes(int count, const F& f) const {
+    for (int i = 0; i < count; ++i) f(i);
+  }
+  template <class F>
+  void quads(const F& f) const {
+    for (int c = 0; c < 8; ++c) {
+      for (int m = 0; m < pc::kTile; m += 2) f(c, m);
     }
   }
-  template <class Column, class F>
-  void product_transposed(const pc::Bf16* left, int64_t left_pitch, const pc::Bf16* right, int64_t right_pitch, int64_t inner,
-                          int64_t tiles, const Column& column, const F& f) const {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t first = column(tile);
-      for (int64_t j = first; first != pc::kNowhere && j < first + 8; ++j) {
-        for (int m = 0; m < pc::kTile; ++m) {
-          float x = 0;
-          for (int64_t k = 0; k < inner; ++k) x += pc::widen(left[m * left_pitch + k]) * pc::widen(right[k * right_pitch + j]);
-          f(m, j, tile, x);
+  template <bool Across, class F>
+  void multiply(const pc::Bf16* weight, int pitch, const pc::Bf16* lines, int inner, const F& f) const {
+    quads([&](int c, int m) {
+      pc::Four sums = {0, 0, 0, 0};
+      for (int i = 0; i < 4; ++i) {
+        const int row = c + i / 2 * 8;
+        for (int k = 0; k < inner; ++k) {
+          sums[i] += pc::widen(Across ? weight[k * pitch + row] : weight[row * pitch + k]) * pc::widen(lines[k * pc::kTile + m + i % 2]);
         }
       }
-    }
+      f(c, m, sums);
+    });
   }
 };
 

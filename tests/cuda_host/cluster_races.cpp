@@ -56,6 +56,7 @@ int main() {
   const Kind softmax{Activation::softmax, Energy::gaussian, Activation::identity};
   bool fine = run_network({40, 33, 10}, {softmax, softmax, softmax}, 0, true);
   fine = run_network({24, 70, 30, 10}, {tanh, logits, tanh, logits}, 0.5, false) && fine;
-  fine = run_network({500, 512, 512, 10}, {tanh, logits, tanh, logits}, 0.5, true) && fine;  // rounds and parts
+  fine = run_network({600, 640, 300, 40}, {tanh, logits, tanh, logits}, 0.5, true) && fine;  // rounds and parts
+  fine = run_network({640, 640, 320, 10}, {tanh, logits, tanh, tanh}, 0.5, true) && fine;    // with a narrow layer
   return fine ? 0 : 1;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// mma.m16n8k16 and ldmatrix.x2.trans by their definitions in the PTX ISA, on the shares of csrc/cuda/mma_lanes.h.
+// mma.m16n8k16 and ldmatrix.x4 by their definitions in the PTX ISA, on the shares of csrc/cuda/mma_lanes.h.
 #include "cuda/mma_lanes.h"
 
 namespace {
@@ -29,13 +29,15 @@ void mma(float (&sums)[32][4], const uint32_t (&a)[32][4], const uint32_t (&b)[3
   }
 }
 
-// Lanes 0-7 give the rows of the first 8 x 8 matrix, lanes 8-15 those of the second; with .trans lane l gets the entries
-// (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4) of each.
-void ldmatrix_x2_trans(uint32_t (&to)[32][2], const pc::Bf16* (&rows)[32]) {
+// Lanes 8 i to 8 i + 7 give the rows of the i-th 8 x 8 matrix; lane l gets its entries (l / 4, 2 (l % 4)) and the next of each,
+// with .trans (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
+void ldmatrix_x4(uint32_t (&to)[32][4], const pc::Bf16* (&rows)[32], bool trans) {
   for (int lane = 0; lane < 32; ++lane) {
-    for (int matrix = 0; matrix < 2; ++matrix) {
-      const pc::Bf16* const* first = rows + 8 * matrix + 2 * (lane % 4);
-      const uint32_t low = first[0][lane / 4].bits, high = first[1][lane / 4].bits;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const pc::Bf16* const* row = rows + 8 * matrix;
+      const int first = lane % 4 * 2, other = lane / 4;
+      const uint32_t low = trans ? row[first][other].bits : row[other][first].bits;
+      const uint32_t high = trans ? row[first + 1][other].bits : row[other][first + 1].bits;
       to[lane][matrix] = low | high << 16;
     }
   }
@@ -43,20 +45,24 @@ void ldmatrix_x2_trans(uint32_t (&to)[32][2], const pc::Bf16* (&rows)[32]) {
 
 }  // namespace
 
-// out (16, 8) <- left (16, 16; rows of left_pitch) times right: 8 rows of 16, transposed; or 16 rows of 8, as it stands
-extern "C" void multiply_tile(const uint16_t* left, int left_pitch, const uint16_t* right, int right_pitch, bool stands, float* out) {
+// out (16, 8) <- left (16, 32), or (across) the transpose of (32, 16), rows of `pitch`, times lines (32, 8)
+extern "C" void multiply_tile(const uint16_t* left, int pitch, bool across, const uint16_t* lines, float* out) {
   const auto* a = reinterpret_cast<const pc::Bf16*>(left);
-  const auto* b = reinterpret_cast<const pc::Bf16*>(right);
-  uint32_t shares[32][4], pairs[32][2];
-  const pc::Bf16* rows[32];
+  const auto* b = reinterpret_cast<const pc::Bf16*>(lines);
+  uint32_t first[32][4], second[32][4], both[32][4], low[32][2], high[32][2];
+  const pc::Bf16 *now[32], *then[32], *line[32];
   for (int lane = 0; lane < 32; ++lane) {
-    pc::load_left(shares[lane], a, left_pitch, lane);
-    rows[lane] = b + pc::matrix_row(lane) * right_pitch;
-    if (!stands) pc::load_right(pairs[lane], b, right_pitch, lane);
+    const pc::MatrixRow row = pc::left_row(lane, across);
+    now[lane] = a + row.row * pitch + row.column;
+    then[lane] = now[lane] + 16 * (across ? pitch : 1);
+    line[lane] = b + 8 * pc::right_line(lane);
   }
-  if (stands) ldmatrix_x2_trans(pairs, rows);
+  ldmatrix_x4(first, now, across), ldmatrix_x4(second, then, across), ldmatrix_x4(both, line, true);
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 2; ++i) low[lane][i] = both[lane][i], high[lane][i] = both[lane][2 + i];
+  }
   float sums[32][4] = {};
-  mma(sums, shares, pairs);
+  mma(sums, first, low), mma(sums, second, high);
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) out[pc::sum_row(lane, i) * 8 + pc::sum_column(lane, i)] = sums[lane][i];
   }

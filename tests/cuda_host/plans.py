@@ -9,25 +9,26 @@ from dataclasses import dataclass
 
 from cuda_host import library
 
-CLUSTER, TILE, UNIT, MAX_LAYERS = 8, 16, 16, 16
+CLUSTER, TILE, UNIT, MAX_LAYERS, NARROW = 8, 8, 16, 16, 32
 _FIELDS = (
-    "slice", "weight", "pitch", "phi", "velocity", "a", "fed", "delta", "delta_pitch", "moved", "stats", "round",
-    "gather", "receive", "part",
+    "slice", "weight", "pitch", "phi", "velocity", "a", "mu", "fed", "delta", "moved", "stats", "round", "gather",
+    "receive", "part", "shares",
 )  # fmt: skip
 
 
 class LayerPlan(ctypes.Structure):
     _fields_ = (
-        ("width", ctypes.c_int64),
-        ("padded", ctypes.c_int64),
-        ("first", ctypes.c_int64 * (CLUSTER + 1)),
-        *((name, ctypes.c_int64) for name in _FIELDS),
+        ("width", ctypes.c_int),
+        ("padded", ctypes.c_int),
+        ("narrow", ctypes.c_bool),
+        ("first", ctypes.c_int * (CLUSTER + 1)),
+        *((name, ctypes.c_int) for name in _FIELDS),
     )
 
 
 class ClusterPlan(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "rounds", "parts", "bytes")),
+        *((name, ctypes.c_int) for name in ("count", "rounds", "parts", "bytes")),
         ("momentum", ctypes.c_bool),
         ("layers", LayerPlan * MAX_LAYERS),
     )
