@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -149,21 +150,24 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """`run` as the replay of a CUDA graph; as it is without a GPU."""
+    if device != "cuda":
+        return run
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def closed_form(case: Case, inputs: Inputs, operands: torch.dtype, allow_tf32: bool, device: str) -> Callable[[], Any]:
     """All T moves from torch's ops, captured in one CUDA graph on a GPU."""
-    form = ClosedForm(case, inputs, operands)
-    if device != "cuda":
-        return form.run
-    graph = torch.cuda.CUDAGraph()
     with tf32(allow_tf32):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            form.run()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            form.run()
-    return graph.replay
+        return captured(ClosedForm(case, inputs, operands).run, device)
 
 
 def compiled(case: Case, inputs: Inputs) -> Callable[[], Any]:
@@ -205,7 +209,9 @@ def measure(case: Case, device: str, rounds: int, repeats: int) -> dict[str, Any
         except (RuntimeError, ValueError) as error:  # a kernel that does not run is a finding, not the end of the gate
             accuracy[variant.name] = {"passes": False, "error": str(error)[:500]}
         if accuracy[variant.name]["passes"]:
-            timers[variant.name] = timer_of(lambda v=variant: _run(case, inputs, v), device)
+            run = partial(_run, case, inputs, variant)
+            timers[variant.name] = timer_of(run, device)
+            timers[f"{variant.name}, in a graph"] = timer_of(captured(run, device), device)
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import pytest
@@ -79,6 +79,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "triton_interpreter" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """float64, and what a backend refuses with a reason, is for the others: on a GPU such a test is skipped."""
+    try:
+        return (yield)
+    except pck.BackendUnavailable as refusal:
+        if item.get_closest_marker("gpu") is None:
+            raise
+        pytest.skip(str(refusal))
 
 
 @pytest.fixture

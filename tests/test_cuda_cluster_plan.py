@@ -94,7 +94,7 @@ def _check_rounds(plan: ClusterPlan, shapes: list[Shape]) -> None:
     across = [l for l in range(1, len(shapes)) if not plan.layers[l].narrow]
     received = [plan.layers[l].receive for l in across]
     gathered = [plan.layers[l].gather + 2 * TILE * plan.layers[l - 1].padded for l in across]
-    assert max(gathered, default=0) <= min(received, default=plan.bytes)  # a round may gather while the last is added up
+    assert max(gathered, default=0) <= min(received, default=plan.bytes)  # may gather while the last is added up
 
 
 @settings(max_examples=2000, deadline=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The backend `cuda`: the kernels of csrc/cuda in the compiled module, for NVIDIA GPUs. Not yet run on hardware.
+"""The backend `cuda`: the kernels of csrc/cuda in the compiled module, for NVIDIA GPUs.
 
 The ops take the positional arguments of torch.ops.pc_kernels' and are already checked by `functional`. They are those
 of `cpp` under another dispatch key: torch.ops.pc_kernels_native runs them where the tensors are.
@@ -63,7 +63,7 @@ def _infer_reason(x: Tensor) -> str | None:
     if x.dtype != torch.float32:
         return f"infer takes float32, and a tensor is {str(x.dtype).removeprefix('torch.')}"
     if dispatch.requested() != "cuda":
-        return "its infer has not yet run on hardware, and runs only where it is asked for by name"
+        return "its infer is slower than Triton's so far, and runs only where it is asked for by name"
     return _old_device(x.device, CLUSTERS)
 
 

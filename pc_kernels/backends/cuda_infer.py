@@ -42,7 +42,7 @@ def explained(*arguments: Any) -> str:
     why = refusal(Arguments(*arguments))
     if why is not None:
         return f"cuda: the cluster-resident kernel cannot run this: {why}"
-    return "cuda: cluster-resident kernel, 16 samples a cluster, one launch for all steps; not yet run on hardware"
+    return "cuda: cluster-resident kernel, 8 samples a cluster, one launch for all steps"
 
 
 def first_moves(args: Arguments) -> tuple[list[int], int]:
