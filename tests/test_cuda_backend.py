@@ -75,15 +75,15 @@ def test_dtypes_and_devices(
 
 
 def test_infer_is_for_those_who_ask(built: pytest.MonkeyPatch) -> None:
-    """It has not run on hardware: `auto` does not take it."""
-    built.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    """Triton's is faster: `auto` does not take it."""
+    built.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     cuda_backend._old_device.cache_clear()
     x = [OnDevice(torch.float32)]
     with pck.use_backend("auto"):
         assert "asked for by name" in (cuda_backend.supports("infer in bf16", x) or "")  # type: ignore[arg-type]
     with pck.use_backend("cuda"):
-        assert "needs compute capability 9.0" in (cuda_backend.supports("infer in bf16", x) or "")  # type: ignore[arg-type]
-        assert "not written" in (cuda_backend.supports("infer", x) or "")  # type: ignore[arg-type]
+        assert "needs compute capability 8.0" in (cuda_backend.supports("infer", x) or "")  # type: ignore[arg-type]
+        assert "not written" in (cuda_backend.supports("infer with tol", x) or "")  # type: ignore[arg-type]
     cuda_backend._old_device.cache_clear()
 
 
@@ -143,7 +143,7 @@ MACROS = ("PC_WITH_CUDA", "PC_KERNELS_VERSION=1", "PC_KERNELS_TORCH=2", "PC_KERN
 
 
 @pytest.mark.skipif(cuda_host.CXX is None or TOOLKIT is None, reason="no C++ compiler or no CUDA toolkit")
-@pytest.mark.parametrize("source", ["ops.cpp", "cuda/launch.cpp", "cuda/cluster_op.cpp"])
+@pytest.mark.parametrize("source", ["ops.cpp", "cuda/launch.cpp", "cuda/cluster_op.cpp", "cuda/layers_op.cpp"])
 def test_the_torch_side_compiles(source: str, tmp_path: Path) -> None:
     """A torch for the CPU has torch's CUDA headers but for one, which is generated: it gets a stand-in."""
     generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"

@@ -22,7 +22,6 @@ from torch import Tensor
 
 import pc_kernels as pck
 from pc_kernels.backends import cuda_backend, cuda_infer
-from pc_kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(cuda_host.CXX is None, reason="no C++ compiler")
 
@@ -184,6 +183,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend `cuda` as on a GPU, with the kernel played by the CPU."""
     monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
     monkeypatch.setattr(cuda_infer, "_ops", lambda: clusters.Emulated)
+    monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -220,20 +220,12 @@ def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers)
     ("options", "says"),
     [({"trace": True}, "no trace"), ({"tol": 1e-3}, "tol is not written"), ({}, "KB of shared memory")],
 )
-def test_what_infer_cannot_do_it_says(options: dict, says: str, gen: torch.Generator, layers: Layers) -> None:
+def test_what_it_cannot_do_it_says(options: dict, says: str, gen: torch.Generator, layers: Layers) -> None:
     width = 8 if options else 1500
     nodes = inputs.paper("M1", gen, (4, width, width, width, 3), torch.float32)
-    with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match=says):
+    wanted = cuda_infer.use_schedule(cuda_infer.CLUSTER)
+    with pck.use_backend("cuda"), wanted, pytest.raises(pck.BackendUnavailable, match=says):
         pck.infer(_x(gen, 4), layers(nodes), steps=1, precision="bf16_delta", **options)
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("width", "says"), [(8, "one launch for all steps"), (1500, "KB of shared memory")])
-def test_how_it_would_run(width: int, says: str, gen: torch.Generator, layers: Layers) -> None:
-    nodes = inputs.paper("M1", gen, (4, width, width, width, 3), torch.float32)
-    problem = Problem(_x(gen, 4), layers(nodes), None, None, None, None, None)
-    settings = (1, 0.1, 0.0, -1.0, "bf16_delta", False)
-    assert says in cuda_backend.explain_infer(*problem.arguments(), *settings)
 
 
 # ---------------------------------------------------------------- barriers

@@ -282,10 +282,12 @@ class ClusterBody : private ClusterRows<Exec> {
   PC_HD void move(int l, int j, int m, Four& back) const {
     const ClusterNode& d = node(l);
     const LayerPlan& p = plan(l);
-    const float floor = d.energy == Energy::categorical_probs ? static_cast<float>(kProbabilityFloor) : -INFINITY;
-    Four before, now, way;
+    const float floor = floor_of(d.energy);
+    Four before, now, way, value, variance = {0, 0, 0, 0};
     get(here<float>(p.phi), j, m, before);
-    direction(l, j, m, before, back, way);
+    get(here<float>(p.mu), j, m, value);
+    for (int i = 0; i < 4; ++i) variance[i] = d.log_var != nullptr && real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
+    direction(d, last(l), before, value, variance, back, way);
     if (p.velocity != kNowhere) {
       Four velocity;
       get(here<float>(p.velocity), j, m, velocity);
@@ -298,43 +300,10 @@ class ClusterBody : private ClusterRows<Exec> {
       now[i] = stays ? before[i] : to < floor ? floor : to;
     }
     put(here<float>(p.phi), j, m, now);
-    if (p.moved != kNowhere && !is_softmax(d.feed)) feed(l, j, m, before, now);
+    if (p.moved == kNowhere || is_softmax(d.feed)) return;
+    feed_of(d, run_.differences, before, now);
+    put(here<Bf16>(p.moved), j, m, now);
   }
-  PC_HD void feed(int l, int j, int m, Four& before, Four& now) const {
-    const Activation f = static_cast<Activation>(node(l).feed);
-    if (f != Activation::identity) {
-      Four from;
-      for (int i = 0; i < 4; ++i) from[i] = now[i];
-      activate(f, from, now);
-      for (int i = 0; i < 4; ++i) from[i] = before[i];
-      activate(f, from, before);
-    }
-    for (int i = 0; i < 4; ++i) now[i] = run_.differences ? now[i] - before[i] : now[i];
-    put(here<Bf16>(plan(l).moved), j, m, now);
-  }
-
-  PC_HD void direction(int l, int j, int m, const Four& state, Four& back, Four& way) const {
-    const ClusterNode& d = node(l);
-    Four value, variance = {0, 0, 0, 0};
-    get(here<float>(plan(l).mu), j, m, value);
-    if (d.natural) {
-      for (int i = 0; i < 4; ++i) way[i] = (state[i] - value[i]) + back[i];
-      return;
-    }
-    if (d.log_var != nullptr) {
-      for (int i = 0; i < 4; ++i) variance[i] = real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
-    }
-    grads_of<kGradPhi>(d.energy, false, state, value, variance, way);
-    if (last(l)) return;
-    const Activation f = static_cast<Activation>(d.feed);
-    if (f != Activation::identity) {
-      Four fed;
-      activate(f, state, fed);
-      pull(f, state, fed, back);
-    }
-    for (int i = 0; i < 4; ++i) way[i] += back[i];
-  }
-
   // row statistics of the states that have moved, and what they feed on
   PC_HD void refresh_rows(int64_t t, int round) const {
     bool any = false, across = false;

@@ -146,6 +146,40 @@ PC_HD void grads_of(Energy energy, bool clamped, const Four& phi, const Four& mu
   for (int i = 0; i < 4; ++i) grad[i] = NAN;
 }
 
+// which way phi moves, without momentum; `back`, W^T delta of the layer above, is used up. last: nobody is above
+PC_HD void direction(const ClusterNode& d, bool last, const Four& state, const Four& value, const Four& log_var, Four& back, Four& way) {
+  if (d.natural) {
+    for (int i = 0; i < 4; ++i) way[i] = (state[i] - value[i]) + back[i];
+    return;
+  }
+  grads_of<kGradPhi>(d.energy, false, state, value, log_var, way);
+  if (last) return;
+  const Activation feed = static_cast<Activation>(d.feed);
+  if (feed != Activation::identity) {
+    Four fed;
+    activate(feed, state, fed);
+    pull(feed, state, fed, back);
+  }
+  for (int i = 0; i < 4; ++i) way[i] += back[i];
+}
+
+// now, phi after a move, becomes what the node passes on, or by how much that has changed since `before`
+PC_HD void feed_of(const ClusterNode& d, bool differences, Four& before, Four& now) {
+  const Activation feed = static_cast<Activation>(d.feed);
+  if (feed != Activation::identity) {
+    Four from;
+    for (int i = 0; i < 4; ++i) from[i] = now[i];
+    activate(feed, from, now);
+    for (int i = 0; i < 4; ++i) from[i] = before[i];
+    activate(feed, from, before);
+  }
+  for (int i = 0; i < 4; ++i) now[i] = differences ? now[i] - before[i] : now[i];
+}
+
+PC_HD float floor_of(Energy energy) {
+  return energy == Energy::categorical_probs ? static_cast<float>(kProbabilityFloor) : -INFINITY;
+}
+
 // one entry
 
 PC_HD float activated(Activation activation, float a) {

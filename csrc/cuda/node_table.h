@@ -34,7 +34,7 @@ PC_HD bool by_row(Energy energy) { return energy == Energy::categorical || energ
 PC_HD Share share_of(const NodeDesc& node) {
   Share share;
   share.lines = by_row(node.energy) ? node.rows : 1;
-  share.length = by_row(node.energy) ? node.width : node.mu_sample;
+  share.length = by_row(node.energy) ? node.width : node.rows * node.width;
   share.many = share.lines * share.length <= kWarpEntries;
   share.by_warp = share.many || (share.lines > 1 && share.length <= kWarpEntries);
   return share;

@@ -24,10 +24,9 @@ __all__ = [
     "weight_grads",
 ]  # fmt: skip
 
-INFER = ("infer in bf16_delta", "infer in bf16")
+INFER = ("infer", "infer in tf32", "infer in bf16_delta", "infer in bf16")
 OPS = ("layer_energies", "layer_errors", "update_phi_", "weight_grads", *INFER)
 OLDEST = (8, 0)  # compute capability
-CLUSTERS = (9, 0)  # the first with thread block clusters, which `infer` needs
 _DTYPES = (torch.float32, torch.bfloat16)
 _REMEDY = "install nvcc and a torch with CUDA, then PC_KERNELS_BUILD=cuda pip install --no-build-isolation ."
 
@@ -64,7 +63,7 @@ def _infer_reason(x: Tensor) -> str | None:
         return f"infer takes float32, and a tensor is {str(x.dtype).removeprefix('torch.')}"
     if dispatch.requested() != "cuda":
         return "its infer is slower than Triton's so far, and runs only where it is asked for by name"
-    return _old_device(x.device, CLUSTERS)
+    return _old_device(x.device, OLDEST)
 
 
 @cache
@@ -80,7 +79,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """T steps of a chain in one launch: (phis, deltas, trace, status)."""
+    """T steps of a chain: (phis, deltas, trace, status)."""
     return import_module("pc_kernels.backends.cuda_infer").infer(*args)
 
 

@@ -1,93 +1,177 @@
 # SPDX-License-Identifier: MIT
-"""`infer` on the cluster-resident kernel: the first pre-activations in plain torch, every move in one launch.
+"""`infer` in CUDA C++: the start in plain torch, then all moves by one of two schedules.
 
-The kernel repeats products, so it wants them all done once before: a_l at t = 0 and the states that go with it, exact
-in `bf16_delta`. After that nothing leaves the chip until the last move.
+LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions. CLUSTER: one
+launch for all moves, the weights of the loop in a cluster's shared memory, from sm_90 on, for what fits there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pc_kernels.backends.reference_infer import Arguments, round_bf16
+from pc_kernels import checks
+from pc_kernels.backends.reference_infer import Arguments, Chain
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
-from pc_kernels.node_math import feed_value
-from pc_kernels.pc_math import ACTIVATION_TABLE, ENERGY_TABLE
 from pc_kernels.schedule import Cone, sources
 
 NEVER = 2**62
+LAYERS, CLUSTER = "two launches a step", "cluster-resident"
+CLUSTER_BATCH = (
+    120  # 15 clusters of 8 samples at a time on an H200: beyond, they take turns. Not measured beside LAYERS
+)
+
+_wanted: ContextVar[str | None] = ContextVar("pc_kernels_cuda_schedule", default=None)
+
+
+@contextmanager
+def use_schedule(schedule: str | None) -> Iterator[None]:
+    """Run the CUDA inferences inside by "two launches a step" or "cluster-resident"; None: by the rule. Holds for this
+    thread; nests."""
+    if schedule is not None:
+        checks.choice("schedule", schedule, (LAYERS, CLUSTER))
+    token = _wanted.set(schedule)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def _ops() -> Any:
     return torch.ops.pc_kernels_native
 
 
-def refusal(args: Arguments) -> str | None:
-    """Why the kernel cannot run this call; None if it can."""
+def _has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def cluster_refusal(args: Arguments) -> str | None:
+    """Why the cluster-resident kernel cannot run this call; None if it can."""
+    if args.precision not in ("bf16", "bf16_delta"):
+        return f"it has products of bf16 only, and {args.precision} is asked for"
     if args.trace:
         return "it keeps the states on the chip and leaves no trace of the energies"
+    if not _has_clusters(args.x.device):
+        return "it needs thread block clusters, which a GPU has from compute capability 9.0 on"
+    widths = [weight.shape[0] for weight in args.weights]
+    lists = (widths, args.activations, args.energies, args.feeds, args.rules, args.clamped)
+    return _chain_refusal(*map(tuple, lists), args.momentum)
+
+
+@lru_cache(maxsize=256)
+def _chain_refusal(*described: Any) -> str | None:
+    *lists, momentum = described
+    return _ops().cluster_refusal(*map(list, lists), momentum) or None
+
+
+def refusal(args: Arguments) -> str | None:
+    """Why neither schedule can run this call."""
     if args.tol >= 0:
         return "it runs all steps: tol is not written in it"
-    widths = [weight.shape[0] for weight in args.weights]
-    names = (args.activations, args.energies, args.feeds, args.rules)
-    return _ops().cluster_refusal(widths, *names, args.clamped, args.momentum) or None
+    for l, (energy, activation) in enumerate(zip(args.energies, args.activations, strict=True), 1):
+        if energy == "categorical" and activation == "softmax":
+            return f"node {l}: softmax before a categorical node, whose softmax it has already, is not written in it"
+    return None
+
+
+def choose(args: Arguments) -> tuple[str, str]:
+    """(schedule, why) of a call that can run. Raises BackendUnavailable if the one asked for cannot."""
+    wanted, why = _wanted.get(), cluster_refusal(args)
+    if wanted == CLUSTER and why is not None:
+        raise BackendUnavailable(f"schedule {CLUSTER!r} cannot run infer: {why}. Use use_schedule(None)")
+    if wanted is not None:
+        return wanted, "asked for by use_schedule"
+    if why is not None:
+        return LAYERS, f"the cluster-resident kernel cannot: {why}"
+    if args.x.shape[0] > CLUSTER_BATCH:
+        return LAYERS, f"more than {CLUSTER_BATCH} samples; not measured"
+    return CLUSTER, "it fits; not measured beside the other schedule"
 
 
 def explained(*arguments: Any) -> str:
     """One line about how `infer` would run with these arguments."""
-    why = refusal(Arguments(*arguments))
+    args = Arguments(*arguments)
+    why = refusal(args)
     if why is not None:
-        return f"cuda: the cluster-resident kernel cannot run this: {why}"
-    return "cuda: cluster-resident kernel, 8 samples a cluster, one launch for all steps"
+        return f"cuda: infer cannot run this: {why}"
+    schedule, why = choose(args)
+    if schedule == CLUSTER:
+        return f"cuda: {schedule} kernel, 8 samples a cluster, one launch for all steps ({why})"
+    return f"cuda: {schedule}, tiles of 32 samples x 64 entries ({why}); not yet run on hardware"
 
 
 def first_moves(args: Arguments) -> tuple[list[int], int]:
     """Per node the move (from 0) in which it first moves, NEVER if it does not; and the products of all moves."""
     free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis], args.priors)
+    first, products = _first_moves(tuple(free), tuple(source), args.steps)
+    return list(first), products
+
+
+@lru_cache(maxsize=256)
+def _first_moves(free: tuple[bool, ...], source: tuple[bool, ...], steps: int) -> tuple[tuple[int, ...], int]:
     cone, first, products = Cone(free, source), [NEVER] * len(free), len(free)
-    for t in range(args.steps):
+    for t in range(steps):
         move = cone.advance()
         first = [min(at, t) if moves else at for at, moves in zip(first, move.moves, strict=True)]
-        products += 2 * sum(move.moves[:-1])  # the kernel takes feedback from every layer above, without an error too
-    return first, products
+        products += 2 * sum(move.moves[:-1])  # the kernels take feedback from every layer above, without an error too
+    return tuple(first), products
 
 
 def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """T moves of a chain: (phis, deltas, no trace, status). BackendUnavailable where the kernel cannot run it."""
+    """T moves of a chain: (phis, deltas, trace, status). BackendUnavailable where no schedule can run it."""
     args = Arguments(*arguments)
     why = refusal(args)
     if why is not None:
         raise BackendUnavailable(f"backend 'cuda' cannot run infer: {why}. Use use_backend('auto') to let one that can")
-    states, pre = _start(args)
+    schedule, _ = choose(args)
+    with _exact_products():
+        start = Chain(args)
     first, products = first_moves(args)
-    phis, deltas, diverged = _ops().infer_cluster(
-        args.weights, args.biases, args.activations, args.energies, args.feeds, args.rules,
-        [args.lr * scale for scale in args.lr_scales], args.log_vars, states, pre, args.masks, args.holds,
-        args.clamped, first, args.steps, args.momentum, args.precision == "bf16_delta",
-    )  # fmt: skip
-    counts = [torch.full_like(diverged, number) for number in (args.steps, products, BACKENDS.index("cuda"))]
-    status = torch.stack([*counts, diverged, torch.full_like(diverged, -1)])
-    return phis, deltas, args.x.new_zeros(0, len(states)), status
+    rates = [args.lr * scale for scale in args.lr_scales]
+    chain = (args.weights, args.biases, args.activations, args.energies, args.feeds, args.rules, rates, args.log_vars)
+    if schedule == CLUSTER:
+        phis, deltas, diverged = _ops().infer_cluster(
+            *chain, start.phi, start.a, args.masks, args.holds, args.clamped, first, args.steps, args.momentum,
+            args.precision == "bf16_delta",
+        )  # fmt: skip
+        trace = args.x.new_empty(0, len(phis))
+    else:
+        phis, deltas, energies, diverged = _ops().infer_layers(
+            *chain, start.phi, start.a, start.v[:-1], args.masks, args.holds, args.noise, args.clamped, first,
+            args.steps, args.momentum, args.precision, args.trace,
+        )  # fmt: skip
+        trace = energies.sum(2) / max(args.x.shape[0], 1)
+    return phis, deltas, trace, _status(args.steps, products, diverged)
 
 
-def _start(args: Arguments) -> tuple[list[Tensor], list[Tensor]]:
-    """States (a clamped node: its target) and pre-activations at t = 0, by a forward pass."""
-    states: list[Any] = []
-    pre, v = [], args.x
-    for l, weight in enumerate(args.weights):
-        rounded = args.precision == "bf16"
-        left, right = (round_bf16(v), round_bf16(weight)) if rounded else (v, weight)
-        pre.append(torch.nn.functional.linear(left, right, args.biases[l]))
-        given, family = args.phis[l], ENERGY_TABLE[args.energies[l]]
-        if args.clamped[l]:  # the output: `refusal` has seen to it
-            states.append(args.phis[l])
-            break
-        phi = ACTIVATION_TABLE[args.activations[l]].value(pre[l]) if given is None else given
-        states.append(family.project(phi))
-        mask = args.masks[l] if family.name == "categorical" else None
-        v = feed_value(args.feeds[l], states[l], None, mask) if l + 1 < len(args.weights) else v
-    return states, pre
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Float32 products of the start are float32's, whatever the process has set: `precision` alone decides."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    if not allowed:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _status(steps: int, products: int, diverged: Tensor) -> Tensor:
+    """The op's status. Numbers from the host take one copy; a captured graph would repeat it from memory that is gone,
+    so there each is written by a launch."""
+    numbers = (steps, products, BACKENDS.index("cuda"), 0, -1)
+    if checks.reads_values(diverged):
+        status = torch.tensor(numbers, dtype=torch.int64).to(diverged.device, non_blocking=True)
+    else:
+        status = torch.stack([torch.full_like(diverged, number) for number in numbers])
+    status[3] = diverged
+    return status

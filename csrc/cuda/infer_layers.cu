@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: MIT
+// Schedule (a) on the GPU: two launches of tiles a move, rows where they are needed. What a block does: layers_body.h, which the
+// CPU tests run; here is what a block is made of: 4 warps, a tile of 32 x 64, products on tensor cores (WMMA, which hides how
+// lanes share a tile) or, in float32, by FMA; operands come by cp.async, two stages.
+#include <mma.h>
+
+#include "common.cuh"
+#include "infer_layers.h"
+#include "layers_body.h"
+#include "layer_ops.h"
+
+namespace pc {
+namespace {
+
+constexpr int kTileThreads = 128, kPad = 16;  // bytes between rows in shared memory, so that they start in different banks
+constexpr int kSumPitch = kColumnsOfTile + 4;
+
+template <class T>
+struct Stages {
+  static constexpr int kLeft = kInnerOfTile + kPad / static_cast<int>(sizeof(T));    // pitch of rows of 32
+  static constexpr int kAcross = kColumnsOfTile + kPad / static_cast<int>(sizeof(T));  // and of 64
+  static constexpr int kRight = kColumnsOfTile * kLeft > kInnerOfTile * kAcross ? kColumnsOfTile * kLeft : kInnerOfTile * kAcross;
+  T left[2][kRowsOfTile * kLeft];
+  T right[2][kRight];
+};
+
+template <class T>
+struct alignas(128) Shared {
+  Stages<T> stages;
+  alignas(128) float sums[kRowsOfTile * kSumPitch];
+};
+
+__device__ __forceinline__ void copy_16(void* shared, const void* global) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+
+// rows x columns entries, by all threads
+template <class T>
+__device__ __forceinline__ void copy_tile(T* to, int to_pitch, const T* from, int64_t pitch, int rows, int columns) {
+  constexpr int kEach = 16 / sizeof(T);
+  const int across = columns / kEach;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * across; i += kTileThreads) {
+    const int row = i / across, column = i % across * kEach;
+    copy_16(to + row * to_pitch + column, from + row * pitch + column);
+  }
+}
+
+template <class T>
+struct Block {
+  Shared<T>& shared;
+
+  // sums = left (32 x inner) times right: (64 x inner) transposed, or (Across) (inner x 64); inner is a multiple of 32
+  template <bool Across>
+  __device__ __forceinline__ void multiply(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner,
+                                           Products products) const {
+    const int count = static_cast<int>(inner / kInnerOfTile);
+    const auto fetch = [&](int k) {
+      Stages<T>& s = shared.stages;
+      copy_tile(s.left[k % 2], Stages<T>::kLeft, left + k * kInnerOfTile, left_pitch, kRowsOfTile, kInnerOfTile);
+      if constexpr (Across) {
+        copy_tile(s.right[k % 2], Stages<T>::kAcross, right + k * kInnerOfTile * right_pitch, right_pitch, kInnerOfTile, kColumnsOfTile);
+      } else {
+        copy_tile(s.right[k % 2], Stages<T>::kLeft, right + k * kInnerOfTile, right_pitch, kColumnsOfTile, kInnerOfTile);
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    const auto all = [&](auto& accumulator) {
+      fetch(0);
+      for (int k = 0; k < count; ++k) {
+        if (k + 1 < count) fetch(k + 1);
+        if (k + 1 < count) asm volatile("cp.async.wait_group 1;" ::: "memory");
+        else asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+        accumulator.template add<Across>(shared.stages, k % 2);
+        __syncthreads();
+      }
+      accumulator.store(shared.sums);
+    };
+    if constexpr (sizeof(T) == 2) {
+      Halves accumulator;
+      all(accumulator);
+    } else if (products == Products::tf32) {
+      Tensor32 accumulator;
+      all(accumulator);
+    } else {
+      Exact accumulator;
+      all(accumulator);
+    }
+    __syncthreads();
+  }
+
+  // f(row, column, four sums) for the tile's quads
+  template <class F>
+  __device__ __forceinline__ void quads(const F& f) const {
+    for (int i = static_cast<int>(threadIdx.x); i < kRowsOfTile * kColumnsOfTile / 4; i += kTileThreads) {
+      const int row = i / (kColumnsOfTile / 4), column = i % (kColumnsOfTile / 4) * 4;
+      const float4 got = *reinterpret_cast<const float4*>(shared.sums + row * kSumPitch + column);
+      const Four x = {got.x, got.y, got.z, got.w};
+      f(row, column, x);
+    }
+  }
+
+  // a warp's two 16 x 16 parts of the tile
+  template <int K, class Element, class Load>
+  struct Parts {
+    nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, K, float> sums[2];
+
+    __device__ __forceinline__ Parts() {
+      for (auto& part : sums) nvcuda::wmma::fill_fragment(part, 0.0f);
+    }
+    static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kWarp / 2 * 16; }
+    static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) / kWarp % 2 * 32; }
+    template <bool Across>
+    __device__ __forceinline__ void add(const Stages<T>& s, int stage) {
+      using namespace nvcuda::wmma;
+      using Order = std::conditional_t<Across, row_major, col_major>;
+      for (int k = 0; k < kInnerOfTile; k += K) {
+        fragment<matrix_a, 16, 16, K, Element, row_major> left;
+        load_matrix_sync(left, Load::cast(s.left[stage] + row() * Stages<T>::kLeft + k), Stages<T>::kLeft);
+        Load::round(left);
+        for (int i = 0; i < 2; ++i) {
+          fragment<matrix_b, 16, 16, K, Element, Order> right;
+          const int n = column() + 16 * i, pitch = Across ? Stages<T>::kAcross : Stages<T>::kLeft;
+          load_matrix_sync(right, Load::cast(s.right[stage] + (Across ? k * pitch + n : n * pitch + k)), pitch);
+          Load::round(right);
+          mma_sync(sums[i], left, right, sums[i]);
+        }
+      }
+    }
+    __device__ __forceinline__ void store(float* to) const {
+      for (int i = 0; i < 2; ++i) {
+        nvcuda::wmma::store_matrix_sync(to + row() * kSumPitch + column() + 16 * i, sums[i], kSumPitch, nvcuda::wmma::mem_row_major);
+      }
+    }
+  };
+  struct AsBfloat16 {
+    static __device__ __forceinline__ const __nv_bfloat16* cast(const T* at) { return reinterpret_cast<const __nv_bfloat16*>(at); }
+    template <class Fragment>
+    static __device__ __forceinline__ void round(Fragment&) {}
+  };
+  struct AsTensor32 {
+    static __device__ __forceinline__ const float* cast(const T* at) { return reinterpret_cast<const float*>(at); }
+    template <class Fragment>
+    static __device__ __forceinline__ void round(Fragment& of) {
+      for (int i = 0; i < of.num_elements; ++i) of.x[i] = nvcuda::wmma::__float_to_tf32(of.x[i]);
+    }
+  };
+  using Halves = Parts<16, __nv_bfloat16, AsBfloat16>;
+  using Tensor32 = Parts<8, nvcuda::wmma::precision::tf32, AsTensor32>;
+
+  struct Exact {  // a thread's 4 x 4 part, in float32 throughout
+    float sums[4][4] = {};
+
+    static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
+    static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x) % 16 + 16 * i; }
+    template <bool Across>
+    __device__ __forceinline__ void add(const Stages<T>& s, int stage) {
+#pragma unroll 8
+      for (int k = 0; k < kInnerOfTile; ++k) {
+        float left[4], right[4];
+        for (int i = 0; i < 4; ++i) left[i] = widen(s.left[stage][(row() + i) * Stages<T>::kLeft + k]);
+        for (int i = 0; i < 4; ++i) {
+          right[i] = widen(s.right[stage][Across ? k * Stages<T>::kAcross + column(i) : column(i) * Stages<T>::kLeft + k]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
+        }
+      }
+    }
+    __device__ __forceinline__ void store(float* to) const {
+      for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) to[(row() + i) * kSumPitch + column(j)] = sums[i][j];
+      }
+    }
+  };
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// kernels
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, 4) tiles_kernel(const __grid_constant__ LayersRun run, Phase phase, int64_t t) {
+  __shared__ Shared<T> shared;
+  const Block<T> block{shared};
+  const LayersBody<T> body{run, t};
+  body.find(phase, blockIdx.x, [&](int64_t l, int64_t tile) {
+    if (phase == Phase::predict) body.predict(block, l, tile);
+    else body.update(block, l, tile);
+  });
+}
+
+struct RowTeam {  // a warp
+  int rank, size;
+  __device__ __forceinline__ double sum(double x) const { return across_warp(x, Sum()); }
+  __device__ __forceinline__ float max(float x) const { return across_warp(x, Most()); }
+  __device__ __forceinline__ void sync() const { __syncwarp(); }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) rows_kernel(const __grid_constant__ LayersRun run, Phase phase, int64_t t) {
+  const LayersBody<T> body{run, t};
+  const RowTeam team{static_cast<int>(threadIdx.x) % kWarp, kWarp};
+  body.find(phase, blockIdx.x, [&](int64_t l, int64_t some) {
+    const int64_t m = some * kRowsOfBlock + threadIdx.x / kWarp;
+    if (m >= run.batch) return;
+    if (phase == Phase::predict_rows) body.predict_row(team, l, m);
+    else body.update_row(team, l, m);
+  });
+}
+
+// One block a row of weights, or of samples, of a layer.
+template <class T>
+__global__ void copy_in_kernel(const __grid_constant__ LayersRun run, int64_t weights) {
+  const LayersBody<T> body{run, 0};
+  int64_t row = blockIdx.x;
+  if (row < weights) {
+    int64_t l = 1;
+    for (; row >= run.plan[l].width; ++l) row -= run.plan[l].width;
+    for (int64_t k = threadIdx.x; k < run.plan[l - 1].passes; k += blockDim.x) body.copy_weight(l, row, k);
+    return;
+  }
+  const int64_t l = (row - weights) / run.batch, m = (row - weights) % run.batch;
+  for (int64_t j = threadIdx.x; j < run.plan[l].width; j += blockDim.x) body.copy_in(l, m, j);
+}
+
+template <class T>
+__global__ void copy_out_kernel(const __grid_constant__ LayersRun run) {
+  const LayersBody<T> body{run, run.steps};
+  const int64_t l = blockIdx.x / run.batch, m = blockIdx.x % run.batch;
+  if (run.nodes[l].clamped) return;
+  bool finite = true;
+  for (int64_t j = threadIdx.x; j < run.plan[l].width; j += blockDim.x) finite = body.copy_out(l, m, j) && finite;
+  if (finite) return;
+  auto* lowest = reinterpret_cast<unsigned long long*>(run.diverged);
+  const auto mine = static_cast<unsigned long long>(l + 1);
+  unsigned long long found = *lowest;
+  while ((found == 0 || found > mine) && (found = atomicCAS(lowest, found, mine)) != mine) {
+    if (found != 0 && found < mine) return;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// launches
+
+int64_t blocks_of(const LayersRun& run, Phase phase, int64_t t) {
+  int64_t blocks = 0;
+  for (int64_t l = 0; l < run.count; ++l) blocks += blocks_of(run, phase, l, t);
+  return blocks;
+}
+
+template <class T>
+struct Launches {
+  const LayersRun& run;
+  cudaStream_t stream;
+
+  const char* phase(Phase phase, int64_t t) const {
+    const int64_t blocks = blocks_of(run, phase, t);
+    if (blocks == 0) return nullptr;
+    if (blocks > INT32_MAX) return "the batch is too large for one launch; split it";
+    const bool rows = phase == Phase::predict_rows || phase == Phase::update_rows;
+    const unsigned grid = static_cast<unsigned>(blocks);
+    if (rows) rows_kernel<T><<<grid, kWarp * kRowsOfBlock, 0, stream>>>(run, phase, t);
+    else tiles_kernel<T><<<grid, kTileThreads, 0, stream>>>(run, phase, t);
+    return launch_error();
+  }
+  const char* copy_in() const {
+    int64_t weights = 0;
+    for (int64_t l = 1; l < run.count; ++l) weights += run.plan[l].width;
+    const int64_t blocks = weights + run.count * run.batch;
+    if (blocks > INT32_MAX) return "the batch is too large for one launch; split it";
+    copy_in_kernel<T><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(run, weights);
+    return launch_error();
+  }
+  const char* copy_out() const {
+    copy_out_kernel<T><<<static_cast<unsigned>(run.count * run.batch), 256, 0, stream>>>(run);
+    return launch_error();
+  }
+  const char* trace(const NodeDesc* nodes, int64_t t) const {
+    if (run.energy == nullptr) return nullptr;
+    return layer_errors_cuda(nodes, run.count, run.batch, Memory::float32, run.energy + t * run.count * run.batch, stream);
+  }
+  const char* all() const {
+    NodeDesc nodes[kMaxLayers];
+    nodes_of_trace(run, nodes);
+    const char* error = copy_in();
+    for (int64_t t = 0; t <= run.steps && error == nullptr; ++t) {
+      error = phase(Phase::predict, t);
+      if (error == nullptr) error = phase(Phase::predict_rows, t);
+      if (error == nullptr) error = trace(nodes, t);
+      if (t == run.steps) break;
+      if (error == nullptr) error = phase(Phase::update, t);
+      if (error == nullptr) error = phase(Phase::update_rows, t);
+    }
+    return error == nullptr ? copy_out() : error;
+  }
+};
+
+}  // namespace
+
+const char* infer_layers(const LayersRun& run, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (run.batch == 0) return nullptr;
+  return halves(run.products) ? Launches<Bf16>{run, on}.all() : Launches<float>{run, on}.all();
+}
+
+}  // namespace pc
