@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import cuda_host
@@ -281,7 +282,7 @@ def test_any_network_has_a_plan(chain: list, batch: int, momentum: bool, precisi
         regions += [(start, start + count) for start, count in sizes if start >= 0]
     regions.sort()
     assert all(start % 256 == 0 for start, _ in regions)
-    assert all(end <= start for (_, end), (start, _) in zip(regions, regions[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(regions))
     assert regions[-1][1] <= run.bytes
 
 
