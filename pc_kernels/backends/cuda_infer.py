@@ -7,11 +7,13 @@ in `bf16_delta`. After that nothing leaves the chip until the last move.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pc_kernels import checks
 from pc_kernels.backends.reference_infer import Arguments, round_bf16
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
@@ -33,8 +35,14 @@ def refusal(args: Arguments) -> str | None:
     if args.tol >= 0:
         return "it runs all steps: tol is not written in it"
     widths = [weight.shape[0] for weight in args.weights]
-    names = (args.activations, args.energies, args.feeds, args.rules)
-    return _ops().cluster_refusal(widths, *names, args.clamped, args.momentum) or None
+    lists = (widths, args.activations, args.energies, args.feeds, args.rules, args.clamped)
+    return _chain_refusal(*map(tuple, lists), args.momentum)
+
+
+@lru_cache(maxsize=256)
+def _chain_refusal(*described: Any) -> str | None:
+    *lists, momentum = described
+    return _ops().cluster_refusal(*map(list, lists), momentum) or None
 
 
 def explained(*arguments: Any) -> str:
@@ -48,12 +56,18 @@ def explained(*arguments: Any) -> str:
 def first_moves(args: Arguments) -> tuple[list[int], int]:
     """Per node the move (from 0) in which it first moves, NEVER if it does not; and the products of all moves."""
     free, source = sources(args.energies, args.clamped, [phi is not None for phi in args.phis], args.priors)
+    first, products = _first_moves(free, source, args.steps)
+    return list(first), products
+
+
+@lru_cache(maxsize=256)
+def _first_moves(free: tuple[bool, ...], source: tuple[bool, ...], steps: int) -> tuple[tuple[int, ...], int]:
     cone, first, products = Cone(free, source), [NEVER] * len(free), len(free)
-    for t in range(args.steps):
+    for t in range(steps):
         move = cone.advance()
         first = [min(at, t) if moves else at for at, moves in zip(first, move.moves, strict=True)]
         products += 2 * sum(move.moves[:-1])  # the kernel takes feedback from every layer above, without an error too
-    return first, products
+    return tuple(first), products
 
 
 def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -69,9 +83,19 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         [args.lr * scale for scale in args.lr_scales], args.log_vars, states, pre, args.masks, args.holds,
         args.clamped, first, args.steps, args.momentum, args.precision == "bf16_delta",
     )  # fmt: skip
-    counts = [torch.full_like(diverged, number) for number in (args.steps, products, BACKENDS.index("cuda"))]
-    status = torch.stack([*counts, diverged, torch.full_like(diverged, -1)])
-    return phis, deltas, args.x.new_zeros(0, len(states)), status
+    return phis, deltas, args.x.new_empty(0, len(states)), _status(args.steps, products, diverged)
+
+
+def _status(steps: int, products: int, diverged: Tensor) -> Tensor:
+    """The op's status. Numbers from the host take one copy; a captured graph would repeat it from memory that is gone,
+    so there each is written by a launch."""
+    numbers = (steps, products, BACKENDS.index("cuda"), 0, -1)
+    if checks.reads_values(diverged):
+        status = torch.tensor(numbers, dtype=torch.int64).to(diverged.device, non_blocking=True)
+    else:
+        status = torch.stack([torch.full_like(diverged, number) for number in numbers])
+    status[3] = diverged
+    return status
 
 
 def _start(args: Arguments) -> tuple[list[Tensor], list[Tensor]]:

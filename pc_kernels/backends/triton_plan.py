@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from pc_kernels import checks
 from pc_kernels.backends import triton_launches
 from pc_kernels.backends.reference_infer import Arguments
+from pc_kernels.backends.triton_direct import Direct
 from pc_kernels.backends.triton_infer_call import Call
 from pc_kernels.backends.triton_infer_copy import SLOTS, WORDS, collect_kernel, encoded, pack_kernel, upload_kernel
 from pc_kernels.backends.triton_infer_layout import COPIED, Copies, Layout
@@ -72,7 +74,7 @@ class Plan:
         self._scales = self._view(layout.scales_at, torch.float32)
         self._rates = self._view(layout.rates_at, torch.float32)
         self._recorded = self._view(layout.recorded_at, torch.int32)
-        self._packs = [(copy, self._tables_of(copy)) for copy in layout.packs]
+        self._packs = [(copy, self._pack_launch(copy)) for copy in layout.packs]
         self._collects = [(copy, self._tables_of(copy)) for copy in layout.collects]
         self._upload()
 
@@ -104,15 +106,19 @@ class Plan:
             return self._collect()
 
     def _pack(self, tensors: Sequence[Tensor], lr: float, momentum: float) -> None:
-        layout = self.layout
         addresses = tuple([tensor.data_ptr() for tensor in tensors])
-        for copy, tables in self._packs:
-            pack_kernel[(copy.items,)](
-                self.work, self.signals, *tables, self._scales, self._rates,
-                addresses[copy.first :][:SLOTS], lr, momentum, layout.call.size,
-                FIRST_LAUNCH=copy.first == 0, JOBS=copy.jobs, NODES=layout.form.NODES, BLOCK=COPIED,
-                num_warps=_WARPS_OF_COPIES,
-            )  # fmt: skip
+        for copy, launch in self._packs:
+            launch(addresses[copy.first :][:SLOTS], lr, momentum, self.layout.call.size)
+
+    def _pack_launch(self, copy: Copies) -> Direct:
+        constants = {
+            "FIRST_LAUNCH": copy.first == 0,
+            "JOBS": copy.jobs,
+            "NODES": self.layout.form.NODES,
+            "BLOCK": COPIED,
+        }
+        own = self.work, self.signals, *self._tables_of(copy), self._scales, self._rates
+        return Direct(pack_kernel, copy.items, own, constants, _WARPS_OF_COPIES)
 
     def _tables_of(self, copy: Copies) -> tuple[Tensor, Tensor]:
         return self._view(copy.jobs_at, torch.int64), self._view(copy.ends_at, torch.int32)
@@ -270,18 +276,20 @@ def _state(phi: Tensor | None) -> str:
 
 def tensors_of(args: Arguments, call: Call) -> list[Tensor]:
     """The call's tensors, contiguous, in the order in which Layout numbers their addresses."""
-    found: list[Tensor | None] = [args.x]
-    for l, weight in enumerate(args.weights):
-        masks = [_spread(mask, call, l) for mask in (args.masks[l], args.holds[l])]
-        found += (weight, args.biases[l], args.log_vars[l], args.phis[l], *masks, args.noise[l])
+    masks, holds = _spread(args.masks, call), _spread(args.holds, call)
+    nodes = zip(args.weights, args.biases, args.log_vars, args.phis, masks, holds, args.noise, strict=True)
+    found = [args.x, *chain.from_iterable(nodes)]
     return [tensor.contiguous() for tensor in found if tensor is not None]
 
 
-def _spread(mask: Tensor | None, call: Call, l: int) -> Tensor | None:
-    if mask is None:
-        return None
+def _spread(masks: Sequence[Tensor | None], call: Call) -> list[Tensor | None]:
+    """The masks in the full shapes of their nodes' states or targets."""
+    return [None if mask is None else mask.expand(_mask_shape(call, l)) for l, mask in enumerate(masks)]
+
+
+def _mask_shape(call: Call, l: int) -> tuple[int, int]:
     half = call.paired(l) and call.clamped[l]
-    return mask.expand(call.batch, call.widths[l] // 2 if half else call.widths[l])
+    return call.batch, call.widths[l] // 2 if half else call.widths[l]
 
 
 def _check(call: Call) -> None:
