@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Launches past Triton's binder, which looks at the type, value and alignment of every argument at every launch.
 
-For the copy into the workspace the GPU stands idle, so what its launch takes counts in full: the binder's part is
-30 us on a slow host. What the binder finds out differs between calls only in the addresses, and those are nearly always
+Until the copy into the workspace is launched the GPU stands idle, so what that launch takes counts in full: in Triton
+3.6 10 to 17 us of Python, and 5 us here (measured without a GPU). What the binder finds out differs between calls only in the addresses, and those are nearly always
 alike: 64-bit numbers divisible by 16. Such calls share the kernel that was compiled for the first of them.
 """
 
