@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def check_layers(x: Tensor, layers: Any) -> list[Layer]:
     return list(layers)
 
 
-def _fail_of_weight(l: int, weight: Tensor, width: int, x: Tensor) -> None:
+def _fail_of_weight(l: int, weight: Tensor, width: int, x: Tensor) -> NoReturn:
     name, giver = f"layers[{l}].weight", f"layers[{l - 1}]" if l else "x"
     checks.floating(name, weight, like=x)
     checks.fail(name, f"{width} columns", checks.describe(weight), f"{giver} passes {width} features on")

@@ -91,7 +91,7 @@ def _status(steps: int, products: int, diverged: Tensor) -> Tensor:
     so there each is written by a launch."""
     numbers = (steps, products, BACKENDS.index("cuda"), 0, -1)
     if checks.reads_values(diverged):
-        status = torch.tensor(numbers, dtype=torch.int64).to(diverged.device, non_blocking=True)
+        status = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(diverged.device, non_blocking=True)
     else:
         status = torch.stack([torch.full_like(diverged, number) for number in numbers])
     status[3] = diverged

@@ -2,8 +2,9 @@
 """Launches past Triton's binder, which looks at the type, value and alignment of every argument at every launch.
 
 Until the copy into the workspace is launched the GPU stands idle, so what that launch takes counts in full: in Triton
-3.6 10 to 17 us of Python, and 5 us here (measured without a GPU). What the binder finds out differs between calls only in the addresses, and those are nearly always
-alike: 64-bit numbers divisible by 16. Such calls share the kernel that was compiled for the first of them.
+3.6 10 to 17 us of Python, and 5 us here (measured without a GPU). What the binder finds out differs between calls only
+in the addresses, and those are nearly always alike: 64-bit numbers divisible by 16. Such calls share the kernel that
+was compiled for the first of them.
 """
 
 from __future__ import annotations
