@@ -112,6 +112,12 @@ def floating(
         fail(argument, f"a tensor on {like.device}", describe(value), f"call .to({str(like.device)!r})")
 
 
+def alike(value: Tensor, like: Tensor) -> bool:
+    """Whether two tensors have one dtype, device and layout: the quick form of `floating(..., like=like)` where `like`
+    has passed."""
+    return value.dtype == like.dtype and value.device == like.device and value.layout == like.layout
+
+
 def mask(argument: str, value: Any, shape: Sequence[int], device: torch.device) -> None:
     """A bool tensor that broadcasts to `shape`."""
     tensor(argument, value)

@@ -53,6 +53,8 @@ def state_lists(phis: Any, mus: Any) -> tuple[list[Any], list[Tensor]]:
 
 def split_clamps(argument: str, clamped: Any, n: int) -> tuple[list[bool], list[Any]]:
     """`clamped` entries None | True | mask -> (is the whole node a target, mask of held entries)."""
+    if clamped is None:
+        return [False] * n, [None] * n
     entries = checks.per_node(argument, clamped, n)
     for l, entry in enumerate(entries):
         if entry is not None and not isinstance(entry, (bool, Tensor)):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,12 +29,15 @@ class Problem:
         self.x: Tensor = x
         self.layers = check_layers(x, layers)
         self.size = len(self.layers)
-        self._shapes = [(x.shape[0], layer.weight.shape[0]) for layer in self.layers]
+        self._weights = [layer.weight for layer in self.layers]
+        batch = x.shape[0]
+        self._shapes = [(batch, weight.shape[0]) for weight in self._weights]
         self.given = checks.per_node("phis", phis, self.size)
         self.clamped, self.holds = split_clamps("clamp", clamp, self.size)
         self._take_target(target)
         self.masks = checks.per_node("masks", masks, self.size)
-        self._check_masks()
+        if masks is not None or clamp is not None:
+            self._check_masks()
         self.phis = [self._check_state(l) for l in range(self.size)]
         self.noise = self._check_noise(noise)
 
@@ -48,8 +51,6 @@ class Problem:
         self.clamped[-1], self.given[-1] = True, target
 
     def _check_masks(self) -> None:
-        if not any(mask is not None for mask in (*self.masks, *self.holds)):
-            return  # most calls
         nodes = zip(self.layers, self.clamped, self._shapes, strict=True)
         shapes = [mask_shape(layer.energy, held, shape) for layer, held, shape in nodes]
         check_masks("masks", self.masks, shapes, self.x.device)
@@ -61,12 +62,12 @@ class Problem:
     def _check_state(self, l: int) -> Tensor | None:
         """Node l's given state or target as the op takes it."""
         given, held, shape = self.given[l], self.clamped[l], self._shapes[l]
+        if given is None and not held and self.holds[l] is None:
+            return None  # most nodes
         inner = l < self.size - 1
         name = "target" if self._has_target and not inner else f"phis[{l}]"
         if given is None:
-            if held or self.holds[l] is not None:
-                checks.fail(name, "the values to hold, since clamp holds this node", "None", "pass them in phis")
-            return None
+            checks.fail(name, "the values to hold, since clamp holds this node", "None", "pass them in phis")
         if not held:
             checks.floating(name, given, shape=shape, like=self.x)
             return given
@@ -87,7 +88,7 @@ class Problem:
 
     def _check_noise(self, noise: Any) -> list[Tensor | None]:
         """One noise tensor per node that feeds on its sample, None elsewhere."""
-        if noise is None and not any(layer.feed == "sample" for layer in self.layers):
+        if noise is None and "sample" not in [layer.feed for layer in self.layers]:
             return [None] * self.size  # most calls
         held = zip(self.layers[:-1], self.clamped, strict=False)
         sampled = [*(layer.feed == "sample" and not clamped for layer, clamped in held), False]
@@ -117,7 +118,7 @@ class Problem:
         layers = self.layers
         return (
             self.x,
-            [layer.weight for layer in layers],
+            self._weights,
             [layer.bias for layer in layers],
             [layer.activation for layer in layers],
             [layer.energy for layer in layers],
@@ -143,15 +144,20 @@ def check_layers(x: Tensor, layers: Any) -> list[Layer]:
     """Layers that fit x and one another."""
     if not isinstance(layers, (list, tuple)) or not layers:
         checks.fail("layers", "a non-empty list of pck.Layer", checks.describe(layers), "", TypeError)
-    width, giver = x.shape[1], "x"
+    width = x.shape[1]
     for l, layer in enumerate(layers):
-        name = f"layers[{l}]"
         if not isinstance(layer, Layer):
             remedy = "wrap the weight: pck.Layer(weight, bias)"
-            checks.fail(name, "a pck.Layer", checks.describe(layer), remedy, TypeError)
-        checks.floating(f"{name}.weight", layer.weight, like=x)
-        if layer.weight.shape[1] != width:
-            got, remedy = checks.describe(layer.weight), f"{giver} passes {width} features on"
-            checks.fail(f"{name}.weight", f"{width} columns", got, remedy)
-        width, giver = layer.weight.shape[0] // (2 if layer.feed == "sample" else 1), name
+            checks.fail(f"layers[{l}]", "a pck.Layer", checks.describe(layer), remedy, TypeError)
+        weight = layer.weight
+        rows, columns = weight.shape
+        if columns != width or not checks.alike(weight, x):
+            _fail_of_weight(l, weight, width, x)
+        width = rows // 2 if layer.feed == "sample" else rows
     return list(layers)
+
+
+def _fail_of_weight(l: int, weight: Tensor, width: int, x: Tensor) -> NoReturn:
+    name, giver = f"layers[{l}].weight", f"layers[{l - 1}]" if l else "x"
+    checks.floating(name, weight, like=x)
+    checks.fail(name, f"{width} columns", checks.describe(weight), f"{giver} passes {width} features on")

@@ -84,33 +84,35 @@ def _width_reason(rows: Sequence[Tensor]) -> str | None:
     return f"a softmax over {widest} entries is wider than its {WIDEST_ROW}" if widest > WIDEST_ROW else None
 
 
-def _layer_ops() -> Any:
-    return import_module("pc_kernels.backends.triton_layer_ops")
+@cache
+def _launcher(name: str) -> Any:
+    """The module that launches an op's kernels. It imports Triton."""
+    return import_module(f"pc_kernels.backends.triton_{name}")
 
 
 def layer_energies(*args: Any) -> Tensor:
     """(L, B): E_l per sample."""
-    return _layer_ops().layer_energies(*args)
+    return _launcher("layer_ops").layer_energies(*args)
 
 
 def layer_errors(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Energies (L, B), dE/dphi and dE/dmu per node."""
-    return _layer_ops().layer_errors(*args)
+    return _launcher("layer_ops").layer_errors(*args)
 
 
 def update_phi_(*args: Any) -> None:
     """One move of every node, in place."""
-    _layer_ops().update_phi_(*args)
+    _launcher("layer_ops").update_phi_(*args)
 
 
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain: (phis, deltas, trace, status)."""
-    return import_module("pc_kernels.backends.triton_plan").infer(*args)
+    return _launcher("plan").infer(*args)
 
 
 def explain_infer(*args: Any) -> str:
     """One line about how `infer` would run with these arguments: schedule, tiles, memory."""
-    return import_module("pc_kernels.backends.triton_plan").explained(*args)
+    return _launcher("plan").explained(*args)
 
 
 def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -120,4 +122,4 @@ def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 def linear_softmax_errors(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Energy (R,), grad_v (R, V), grad_weight (D, V), grad_bias (D,), of the family that `supports` takes."""
-    return import_module("pc_kernels.backends.triton_linear_softmax").linear_softmax_errors(*args[:-1])
+    return _launcher("linear_softmax").linear_softmax_errors(*args[:-1])

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 
 from pc_kernels.backends.triton_launches import Choice
 from pc_kernels.pc_math import ENERGY_TABLE
@@ -33,6 +34,14 @@ class Call:
     trace: bool
     choice: Choice
     interpreted: bool
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once: a call is looked up at every run, and its fields are many."""
+        return hash(astuple(self))
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import NamedTuple
 
 from pc_kernels import checks
@@ -108,7 +109,11 @@ def use_schedule(schedule: str | None = None, launch: Launch | None = None, reve
 
 def choose(batch: int, widest: int, precision: str, interpreted: bool, hip: bool) -> Choice:
     """The schedule and constants for a call: the override, else the tables."""
-    wish = _override.get() or _Override(None, None, False)
+    return _choose(_override.get() or _Override(None, None, False), batch, widest, precision, interpreted, hip)
+
+
+@lru_cache(maxsize=256)
+def _choose(wish: _Override, batch: int, widest: int, precision: str, interpreted: bool, hip: bool) -> Choice:
     launch = next(constants for limit, constants in LAUNCHES[precision] if batch <= limit)
     if interpreted:
         launch = INTERPRETED

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -45,6 +47,7 @@ from pc_kernels.backends.triton_launches import PERSISTENT_ROW
 from pc_kernels.dispatch import BACKENDS
 
 INTERPRETED = not isinstance(infer_kernel, triton.JITFunction)
+_HIP = torch.version.hip is not None
 MAX_PLANS = 16
 MAX_BYTES = 1 << 30
 _WARPS_OF_COPIES = 4
@@ -70,6 +73,8 @@ class Plan:
         self._scales = self._view(layout.scales_at, torch.float32)
         self._rates = self._view(layout.rates_at, torch.float32)
         self._recorded = self._view(layout.recorded_at, torch.int32)
+        self._packs = [(copy, self._tables_of(copy)) for copy in layout.packs]
+        self._collects = [(copy, self._tables_of(copy)) for copy in layout.collects]
         self._upload()
 
     @property
@@ -100,13 +105,12 @@ class Plan:
             return self._collect()
 
     def _pack(self, tensors: Sequence[Tensor], lr: float, momentum: float) -> None:
-        layout = self.layout
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        for copy in layout.packs:
+        addresses = tuple([tensor.data_ptr() for tensor in tensors])
+        for copy, tables in self._packs:
             pack_kernel[(copy.items,)](
-                self.work, self.signals, *self._tables_of(copy), self._scales, self._rates,
-                addresses[copy.first :][:SLOTS], lr, momentum, layout.call.size,
-                FIRST_LAUNCH=copy.first == 0, JOBS=copy.jobs, NODES=layout.form.NODES, BLOCK=COPIED,
+                self.work, self.signals, *tables, self._scales, self._rates,
+                addresses[copy.first :][:SLOTS], lr, momentum, self.layout.call.size,
+                FIRST_LAUNCH=copy.first == 0, JOBS=copy.jobs, NODES=self.layout.form.NODES, BLOCK=COPIED,
                 num_warps=_WARPS_OF_COPIES,
             )  # fmt: skip
 
@@ -117,11 +121,11 @@ class Plan:
         layout, call = self.layout, self.layout.call
         phis, deltas, trace, status = outputs(call, self.device)
         free = [(phi, delta) if phi.numel() else (delta,) for phi, delta in zip(phis, deltas, strict=True)]
-        addresses = tuple(tensor.data_ptr() for group in free for tensor in group)
-        for copy in layout.collects:
+        addresses = tuple([tensor.data_ptr() for group in free for tensor in group])
+        for copy, tables in self._collects:
             entries = trace.numel() if copy.first == 0 else 0
             collect_kernel[(copy.items + entries,)](
-                self.work, self.signals, *self._tables_of(copy), addresses[copy.first :][:SLOTS],
+                self.work, self.signals, *tables, addresses[copy.first :][:SLOTS],
                 self._energies, self._recorded, trace if call.trace else self.work, status,
                 call.batch, call.size, call.steps, layout.products, BACKENDS.index("triton"), layout.parts, copy.items,
                 FIRST_LAUNCH=copy.first == 0, TRACE=call.trace and copy.first == 0, JOBS=copy.jobs, BLOCK=COPIED,
@@ -192,11 +196,14 @@ def _plan_for(call: Call, device: torch.device) -> Plan:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if capturing:
         return Plan(Layout(call), device, keeps=False)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0  # makes no Stream
     key = (call, device, stream)
     with _plans_lock:
-        plan = _plans.pop(key, None) or Plan(Layout(call), device, keeps=True)
-        _plans[key] = plan
+        plan = _plans.get(key)
+        if plan is not None:
+            _plans.move_to_end(key)
+            return plan
+        plan = _plans[key] = Plan(Layout(call), device, keeps=True)
         while len(_plans) > 1 and (len(_plans) > MAX_PLANS or sum(p.bytes for p in _plans.values()) > MAX_BYTES):
             _plans.popitem(last=False)[1].finish()
     return plan
@@ -222,45 +229,61 @@ def outputs(call: Call, device: torch.device) -> tuple[list[Tensor], list[Tensor
     return phis, deltas, trace, torch.empty(5, dtype=torch.int64, device=device)
 
 
+_call = lru_cache(maxsize=256)(Call)  # one object for equal fields: it keeps its hash, which takes long to make
+
+
 def describe(args: Arguments) -> Call:
     """The call's key."""
-    widths = tuple(weight.shape[0] for weight in args.weights)
-    hip = torch.version.hip is not None
-    states = tuple("" if phi is None else "float" if phi.is_floating_point() else "index" for phi in args.phis)
-    return Call(
-        batch=args.x.shape[0],
-        inputs=args.x.shape[1],
+    batch, inputs = args.x.shape
+    widths = tuple([weight.shape[0] for weight in args.weights])
+    return _call(
+        batch=batch,
+        inputs=inputs,
         widths=widths,
         activations=tuple(args.activations),
         energies=tuple(args.energies),
         feeds=tuple(args.feeds),
         rules=tuple(args.rules),
         lr_scales=tuple(args.lr_scales),
-        biases=tuple(bias is not None for bias in args.biases),
-        states=states,
-        masks=tuple(mask is not None for mask in args.masks),
-        holds=tuple(hold is not None for hold in args.holds),
-        noise=tuple(noise is not None for noise in args.noise),
+        biases=_present(args.biases),
+        states=tuple(map(_state, args.phis)),
+        masks=_present(args.masks),
+        holds=_present(args.holds),
+        noise=_present(args.noise),
         clamped=tuple(args.clamped),
         steps=args.steps,
         momentum=args.momentum != 0,
         precision=args.precision,
         trace=args.trace,
-        choice=triton_launches.choose(args.x.shape[0], max(widths), args.precision, INTERPRETED, hip),
+        choice=triton_launches.choose(batch, max(widths), args.precision, INTERPRETED, _HIP),
         interpreted=INTERPRETED,
     )
 
 
+def _present(entries: Sequence[Tensor | None]) -> tuple[bool, ...]:
+    return tuple([entry is not None for entry in entries])
+
+
+def _state(phi: Tensor | None) -> str:
+    return "" if phi is None else "float" if phi.is_floating_point() else "index"
+
+
 def tensors_of(args: Arguments, call: Call) -> list[Tensor]:
     """The call's tensors, contiguous, in the order in which Layout numbers their addresses."""
-    found: list[Tensor] = [args.x]
-    for l, weight in enumerate(args.weights):
-        half = call.paired(l) and call.clamped[l]
-        shape = (call.batch, call.widths[l] // 2 if half else call.widths[l])
-        masks = [None if mask is None else mask.expand(shape) for mask in (args.masks[l], args.holds[l])]
-        entries = [weight, args.biases[l], args.log_vars[l], args.phis[l], *masks, args.noise[l]]
-        found += [entry for entry in entries if entry is not None]
-    return [tensor.contiguous() for tensor in found]
+    masks, holds = _spread(args.masks, call), _spread(args.holds, call)
+    nodes = zip(args.weights, args.biases, args.log_vars, args.phis, masks, holds, args.noise, strict=True)
+    found = [args.x, *chain.from_iterable(nodes)]
+    return [tensor.contiguous() for tensor in found if tensor is not None]
+
+
+def _spread(masks: Sequence[Tensor | None], call: Call) -> list[Tensor | None]:
+    """The masks in the full shapes of their nodes' states or targets."""
+    return [None if mask is None else mask.expand(_mask_shape(call, l)) for l, mask in enumerate(masks)]
+
+
+def _mask_shape(call: Call, l: int) -> tuple[int, int]:
+    half = call.paired(l) and call.clamped[l]
+    return call.batch, call.widths[l] // 2 if half else call.widths[l]
 
 
 def _check(call: Call) -> None:
@@ -280,8 +303,15 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         phis, deltas, trace, status = outputs(call, device)
         status.copy_(torch.tensor([call.steps, 0, BACKENDS.index("triton"), 0, -1]))
         return phis, deltas, trace.zero_(), status
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _inside(device):
         return _plan_for(call, device).run(tensors_of(args, call), args.lr, args.momentum)
+
+
+def _inside(device: torch.device) -> Any:
+    """Makes the device the current one, unless it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def explained(*arguments: Any) -> str:
