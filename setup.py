@@ -47,6 +47,8 @@ def why_no_cuda() -> str | None:
         return f"the installed torch {torch.__version__} is built without CUDA"
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         return "nvcc was not found (install the CUDA toolkit or set CUDA_HOME)"
+    if not (Path(CUDA_HOME) / "include" / "cuda_runtime.h").exists():  # a wrapper of nvcc on the PATH misleads torch
+        return f"{CUDA_HOME}/include has no cuda_runtime.h (set CUDA_HOME to the toolkit's folder)"
     return None
 
 
