@@ -98,11 +98,14 @@ def test_asked_for_by_name_it_refuses() -> None:
 # ---------------------------------------------------------------- the build
 
 
+TOOLKIT = next((path for path in map(Path, ("/usr/local/cuda/include",)) if (path / "cuda_runtime.h").exists()), None)
+
+
 def _extension(monkeypatch: pytest.MonkeyPatch, **environment: str) -> setuptools.Extension:
     """What setup.py asks for on a machine with nvcc and a torch with CUDA."""
     found: list[setuptools.Extension] = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(str(cuda_host.NVCC)).parent.parent))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(TOOLKIT.parent if TOOLKIT else None))
     monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: found.extend(ext_modules))
     for name in ("TORCH_CUDA_ARCH_LIST", "PC_KERNELS_BUILD"):
         monkeypatch.setenv(name, "")
@@ -113,7 +116,7 @@ def _extension(monkeypatch: pytest.MonkeyPatch, **environment: str) -> setuptool
     return found[0]
 
 
-@pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
 def test_a_cuda_build_takes_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda")
     folder = cuda_host.ROOT / "csrc" / "cuda"
@@ -124,7 +127,7 @@ def test_a_cuda_build_takes_every_source(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0a;10.0+PTX"
 
 
-@pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
 def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a 12.0")
     assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "9.0a_12.0"
@@ -138,7 +141,6 @@ def test_a_cpu_build_has_no_cuda_source(mode: str, monkeypatch: pytest.MonkeyPat
 
 TORCH = Path(torch.__file__).parent / "include"
 HEADERS = (TORCH, TORCH / "torch" / "csrc" / "api" / "include", sysconfig.get_paths()["include"])
-TOOLKIT = next((path for path in map(Path, ("/usr/local/cuda/include",)) if (path / "cuda_runtime.h").exists()), None)
 MACROS = ("PC_WITH_CUDA", "PC_KERNELS_VERSION=1", "PC_KERNELS_TORCH=2", "PC_KERNELS_CUDA_ARCHITECTURES=8.0_9.0a")
 
 
