@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -41,13 +42,16 @@ def cases(dry: bool) -> list[Case]:
 NETWORKS = ((1, "gaussian", 0), (2, "categorical", 0), (3, "categorical", 2))
 
 
+SCHEDULED = {"triton": "pc_kernels.backends.triton_launches", "cuda": "pc_kernels.backends.cuda_infer"}
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way for our kernels to run a case."""
 
     backend: str
     precision: str
-    schedule: str = ""  # of Triton
+    schedule: str = ""  # of the backend
 
     @property
     def name(self) -> str:
@@ -59,9 +63,8 @@ class Variant:
         with ExitStack() as stack:
             stack.enter_context(pck.use_backend(self.backend))
             if self.schedule:
-                from pc_kernels.backends.triton_launches import use_schedule
-
-                stack.enter_context(use_schedule(self.schedule))
+                module = import_module(SCHEDULED[self.backend])
+                stack.enter_context(module.use_schedule(self.schedule))
             yield
 
 
@@ -70,7 +73,9 @@ def variants(device: str, precisions: Sequence[str] = ("bf16_delta", "fp32")) ->
     found = []
     for precision in precisions:
         found += [Variant("triton", precision, schedule) for schedule in ("two launches a step", "persistent")]
-        found.append(Variant("cuda", precision))
+        found.append(Variant("cuda", precision, "two launches a step"))
+        if precision in ("bf16", "bf16_delta"):
+            found.append(Variant("cuda", precision, "cluster-resident"))
     probe = torch.zeros(1, 1, device=device)
     able = []
     for variant in found:

@@ -24,6 +24,10 @@ def _device(backend: str) -> str:
     return DEVICES.get(backend, "cpu") if torch.cuda.is_available() else "cpu"
 
 
+def _on_gpu(backend: str) -> bool:
+    return torch.cuda.is_available() and backend in INFER_BACKENDS
+
+
 def _one_layer(tensor: Tensor) -> None:
     pck.layer_energies([tensor], [tensor], ["gaussian"])
 
@@ -74,11 +78,13 @@ def infer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU the tests of Triton's kernels run there, too."""
-    if torch.cuda.is_available():
-        for item in items:
-            if "triton_interpreter" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.gpu)
+    """On a GPU the tests of Triton's and CUDA's kernels run there, too."""
+    wanted = [
+        name for name, backend in (("triton_interpreter", "triton"), ("cuda_kernels", "cuda")) if _on_gpu(backend)
+    ]
+    for item in items:
+        if set(wanted) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -179,14 +179,18 @@ def test_what_it_cannot_run_it_names(
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend `cuda` as on a GPU, with the kernel played by the CPU."""
-    monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
-    monkeypatch.setattr(cuda_infer, "_ops", lambda: clusters.Emulated)
-    monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU the backend `cuda`; elsewhere the same with the kernel played by the CPU."""
+    on_gpu = torch.cuda.is_available() and cuda_backend.unavailable_reason() is None
+    if not on_gpu:
+        monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
+        monkeypatch.setattr(cuda_infer, "_ops", lambda: clusters.Emulated)
+        monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
+    with cuda_infer.use_schedule(cuda_infer.CLUSTER), torch.device("cuda" if on_gpu else "cpu"):
+        yield
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("precision", ["bf16_delta", "bf16"])
 @pytest.mark.parametrize("model", ["M1", "M3", "M3-probs"])
 def test_infer(model: str, precision: str, gen: torch.Generator, layers: Layers) -> None:
@@ -208,14 +212,14 @@ def test_infer(model: str, precision: str, gen: torch.Generator, layers: Layers)
     assert torch.equal(got.phis[-1], target)
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("cuda_kernels")
 def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers) -> None:
     nodes = inputs.paper("M1", gen, DIMS, torch.float32)
     with pck.use_backend("cuda"), pytest.raises(pck.InferenceDiverged, match="layer 1"):
         pck.infer(_x(gen), layers(nodes), target=_target(nodes, gen), steps=60, lr=1e4, precision="bf16_delta")
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"trace": True}, "no trace"), ({"tol": 1e-3}, "tol is not written"), ({}, "KB of shared memory")],
@@ -223,8 +227,7 @@ def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers)
 def test_what_it_cannot_do_it_says(options: dict, says: str, gen: torch.Generator, layers: Layers) -> None:
     width = 8 if options else 1500
     nodes = inputs.paper("M1", gen, (4, width, width, width, 3), torch.float32)
-    wanted = cuda_infer.use_schedule(cuda_infer.CLUSTER)
-    with pck.use_backend("cuda"), wanted, pytest.raises(pck.BackendUnavailable, match=says):
+    with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match=says):
         pck.infer(_x(gen, 4), layers(nodes), steps=1, precision="bf16_delta", **options)
 
 
