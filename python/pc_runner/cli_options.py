@@ -114,7 +114,6 @@ SETTINGS: dict[str, tuple[Callable[[str], Any] | None, str, str]] = {  # without
     "optimizer": (str, "NAME", "optimiser of the weights, a class of torch.optim"),
     "weight_decay": (real, "D", "of the optimiser, where it has one"),
     "weight_updates": (whole, "K", "optimiser steps after each inference"),
-    "variance": (real, "V", "of the Gaussian nodes inside the language model"),
     "precision": (str, "P", "of the decoder's products while states settle: fp32 or bf16"),
     "clip": (real, "NORM", "the gradient's largest norm; any if not given"),
     "vocabulary": (whole, "N", "tokens to tell apart"),

@@ -162,9 +162,8 @@ class LanguageConfig(Settings):
 
     vocabulary, tokens: token ids, and tokens of a sample. width, blocks, heads, intermediate, tied, projections: as in
     `Transformer`. first_lr: the lr of the first L - 1 moves, L the most nodes on a way to the output, instead of
-    phi_lr; None for phi_lr. variance: of the Gaussian nodes inside, as in `Transformer`. weight_decay: of optimisers
-    that have one. precision: of the decoder's products while the states settle, fp32 or bf16; the weights' gradients
-    are always of fp32.
+    phi_lr; None for phi_lr. weight_decay: of optimisers that have one. precision: of the decoder's products while the
+    states settle, fp32 or bf16; the weights' gradients are always of fp32.
     """
 
     model: str = "lm"
@@ -184,7 +183,6 @@ class LanguageConfig(Settings):
     tied: bool = False
     projections: bool = False
     first_lr: float | None = None
-    variance: float = 1.0
     weight_decay: float = 0.01
     precision: str = "fp32"
 
@@ -201,9 +199,6 @@ class LanguageConfig(Settings):
         if self.width % self.heads:
             _fail("heads", f"a divisor of the width, {self.width}", self.heads, "every head has the same width")
         _check_number("weight_decay", self.weight_decay, math.inf)
-        _check_number("variance", self.variance, math.inf)
-        if not self.variance:
-            _fail("variance", "more than 0", self.variance, "1 is the paper's")
         if self.precision not in ("fp32", "bf16"):
             _fail("precision", "fp32 or bf16", repr(self.precision), "bf16 is faster where the CPU has AVX512_BF16")
         if self.first_lr is not None:

@@ -50,6 +50,6 @@ class LanguageRun(Run):
 
 def build_language_model(config: LanguageConfig, vocabulary: int) -> PCNetwork:
     """The network of a configuration, for a vocabulary that the tokeniser has reached."""
-    names = ("tokens", "blocks", "heads", "intermediate", "tied", "projections", "variance")
+    names = ("tokens", "blocks", "heads", "intermediate", "tied", "projections")
     shape = {name: getattr(config, name) for name in names}
     return build(config.method, vocabulary, config.seed, hidden=config.width, **shape)

@@ -10,16 +10,6 @@ from pc_runner.config import METHODS
 from pc_runner.network import PCNetwork, PCNode
 
 
-def gaussian_node(width: int, variance: float) -> PCNode:
-    """A Gaussian value node. A variance that is not 1 is a constant, and scales the node's lr: the pull of its own
-    energy, (phi - mu) / variance, then moves it by lr (phi - mu), as at variance 1, and the errors from above by
-    lr variance times them."""
-    if variance == 1:
-        return PCNode("gaussian")
-    log_var = nn.Parameter(torch.full((width,), variance).log(), requires_grad=False)
-    return PCNode("gaussian_diag", log_var=log_var, lr_scale=variance)
-
-
 class Attention(nn.Module):
     """Causal self-attention (B, T, H) -> (B, T, H). Its node holds the scores (B, heads, T, T).
 
@@ -51,11 +41,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a tanh network of two layers, each added to its input and normalised (post-norm, as in BERT)."""
 
-    def __init__(self, hidden: int, intermediate: int, attention: Attention, variance: float):
+    def __init__(self, hidden: int, intermediate: int, attention: Attention):
         super().__init__()
         self.attention = attention
         self.up, self.down = nn.Linear(hidden, intermediate), nn.Linear(intermediate, hidden)
-        self.intermediate = gaussian_node(intermediate, variance)
+        self.intermediate = PCNode("gaussian")
         self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -68,22 +58,22 @@ class Transformer(nn.Module):
 
     Learned positions; LayerNorm on the embeddings; `blocks` blocks; the head transform LayerNorm(tanh(linear)), whose
     tanh is a node; the decoder, whose weight is the embedding's where `tied`.
-    softmax, step, projections: as in `Attention`. variance: of the intermediate nodes and of the head.
+    softmax, step, projections: as in `Attention`.
     """
 
     def __init__(
         self, vocabulary: int, tokens: int = 32, hidden: int = 128, blocks: int = 1, heads: int = 1,
         intermediate: int = 512, tied: bool = False, softmax: str = "categorical", step: str | None = None,
-        projections: bool = False, variance: float = 1.0,
+        projections: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.embedding, self.position = nn.Embedding(vocabulary, hidden), nn.Embedding(tokens, hidden)
         self.norm, self.head_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
         self.blocks = nn.ModuleList(
-            Block(hidden, intermediate, Attention(hidden, heads, tokens, softmax, step, projections), variance)
+            Block(hidden, intermediate, Attention(hidden, heads, tokens, softmax, step, projections))
             for _ in range(blocks)
         )
-        self.transform, self.head = nn.Linear(hidden, hidden), gaussian_node(hidden, variance)
+        self.transform, self.head = nn.Linear(hidden, hidden), PCNode("gaussian")
         self.decoder = nn.Linear(hidden, vocabulary)
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, std=0.02)  # BERT's
