@@ -196,7 +196,7 @@ SHARED = 48 * 1024  # bytes of static shared memory that a launch may take
 @pytest.mark.parametrize("name", sorted(path.name for path in (cuda_host.ROOT / "csrc" / "cuda").glob("*.cu")))
 def test_kernels_compile_and_nothing_spills(name: str, tmp_path: Path) -> None:
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c"]
+    flags = ["-std=c++17", "-O3", "--threads=2", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-c"]
     command = [str(cuda_host.NVCC), *codes, *flags, str(cuda_host.ROOT / "csrc" / "cuda" / name), "-o", "out.o"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,10 +5,8 @@ truth. The launches' blocks run one after the other, in order and in reverse."""
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import cuda_host
 import inputs
@@ -286,20 +284,3 @@ def test_any_network_has_a_plan(chain: list, batch: int, momentum: bool, precisi
     assert all(start % 256 == 0 for start, _ in regions)
     assert all(end <= start for (_, end), (start, _) in pairwise(regions))
     assert regions[-1][1] <= run.bytes
-
-
-# ---------------------------------------------------------------- machine code
-
-
-@pytest.mark.skipif(cuda_host.NVCC is None, reason="nvcc is not installed")
-def test_kernels_compile_and_nothing_spills(tmp_path: Path) -> None:
-    """For the three architectures, in one process for each."""
-    source, flags = cuda_host.ROOT / "csrc" / "cuda" / "infer_layers.cu", ["-std=c++17", "-O3", "-Xptxas", "-v", "-c"]
-    for chip in ("80", "90a", "100"):
-        target = f"arch=compute_{chip},code=sm_{chip}"
-        command = [str(cuda_host.NVCC), *flags, "-gencode", target, str(source), "-o", str(tmp_path / "layers.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        report = done.stdout + done.stderr
-        assert report.count("Used ") == 8
-        assert all(int(spilled) == 0 for spilled in re.findall(r"(\d+) bytes (?:stack|spill)", report)), report

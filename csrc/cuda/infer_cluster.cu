@@ -7,6 +7,7 @@
 
 #include "cluster_body.h"
 #include "infer_cluster.h"
+#include "lowest.cuh"
 #include "mma_lanes.h"
 
 namespace pc {
@@ -67,17 +68,7 @@ struct Cta {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
 
-  // the number becomes `to` where it is 0 (none yet) or more; whoever comes first, the lowest stays
-  __device__ __forceinline__ void lower(int64_t* number, int64_t to) const {
-    auto* word = reinterpret_cast<unsigned long long*>(number);
-    const auto wanted = static_cast<unsigned long long>(to);
-    unsigned long long found = *word;
-    while (found == 0 || found > wanted) {
-      const unsigned long long before = atomicCAS(word, found, wanted);
-      if (before == found) return;
-      found = before;
-    }
-  }
+  __device__ __forceinline__ void lower(int64_t* number, int64_t to) const { pc::lower(number, to); }
 
   template <class F>
   __device__ __forceinline__ void each(int count, const F& f) const {  // f(i) by all threads

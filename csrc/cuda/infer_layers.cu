@@ -6,8 +6,9 @@
 
 #include "common.cuh"
 #include "infer_layers.h"
-#include "layers_body.h"
 #include "layer_ops.h"
+#include "layers_body.h"
+#include "lowest.cuh"
 
 namespace pc {
 namespace {
@@ -231,13 +232,7 @@ __global__ void copy_out_kernel(const __grid_constant__ LayersRun run) {
   if (run.nodes[l].clamped) return;
   bool finite = true;
   for (int64_t j = threadIdx.x; j < run.plan[l].width; j += blockDim.x) finite = body.copy_out(l, m, j) && finite;
-  if (finite) return;
-  auto* lowest = reinterpret_cast<unsigned long long*>(run.diverged);
-  const auto mine = static_cast<unsigned long long>(l + 1);
-  unsigned long long found = *lowest;
-  while ((found == 0 || found > mine) && (found = atomicCAS(lowest, found, mine)) != mine) {
-    if (found != 0 && found < mine) return;
-  }
+  if (!finite) lower(run.diverged, l + 1);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
