@@ -31,6 +31,7 @@ def _regions(plan: ClusterPlan, shapes: list[Shape], rows: int = TILE) -> dict[s
     def add(name: str, start: int, size: int, during: int | None = None) -> None:
         out[name] = (start, start + size, during)
 
+    add("lists", plan.lists, 6 * (4 + 2 * 2 * 63))
     for l, shape in enumerate(shapes):
         layer, widest = plan.layers[l], _held(plan, l)
         add(f"phi{l}", layer.phi, 4 * rows * widest)

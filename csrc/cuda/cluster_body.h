@@ -12,15 +12,21 @@
 
 namespace pc {
 
+constexpr int kPeers = 2;  // that one warp sends to
+
 template <class Exec>
 class ClusterBody : private ClusterRows<Exec> {
  public:
-  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterRows<Exec>(exec, run, tile) {}
+  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterRows<Exec>(exec, run, tile), rows_(false) {
+    for (int l = 0; l < plan_.count; ++l) rows_ = rows_ || !plain(l) || needs_state_row(l);
+  }
 
   PC_HD void solve() {
     load();
+    const int64_t steady = from_when_steady();
+    const bool lists = plan_.rounds == 1 && plan_.parts == 1 && steady < run_.steps && list_jobs(steady);
     for (int64_t t = 0; t <= run_.steps; ++t) {
-      for (int round = 0; round < plan_.rounds; ++round) step(t, round);
+      for (int round = 0; round < plan_.rounds; ++round) step(t, round, lists && t >= steady && t < run_.steps);
     }
     finish();
   }
@@ -91,32 +97,62 @@ class ClusterBody : private ClusterRows<Exec> {
   PC_HD bool in(int l, int round) const { return plan(l).round == round; }
   PC_HD bool refreshes(int l, int64_t t) const { return t > 0 && moves(l - 1, t - 1); }  // a_l has changed
 
-  PC_HD void step(int64_t t, int round) const {
-    const auto fresh = [&](int l, bool narrow) { return in(l, round) && plan(l).narrow == narrow && refreshes(l, t); };
-    jobs([&](int l) { return fresh(l, false) ? kCluster : fresh(l, true) ? blocks(l) : 0; },
+  // jobs of a layer in a round of move t
+  PC_HD int sends(int64_t t, int round, int l) const {
+    if (!in(l, round) || !refreshes(l, t)) return 0;
+    return plan(l).narrow ? blocks(l) : kCluster / kPeers;
+  }
+  PC_HD int predicts(int64_t t, int round, int l) const { return in(l, round) && refreshes(l, t) ? blocks(l) : 0; }
+  PC_HD int corrects(int64_t t, int round, int l) const { return in(l, round) && plain(l) && !refreshes(l, t) ? blocks(l) : 0; }
+  PC_HD int feeds_back(int64_t t, int round, int l) const {
+    return in(l, round) && moves(l - 1, t) && !plan(l).narrow && held_columns(l) > 0 ? kCluster : 0;
+  }
+  PC_HD int moves_below(int64_t t, int round, int part, int l) const { return in(l, round) && moves(l - 1, t) ? move_jobs(l, part) : 0; }
+  PC_HD int moves_last(int64_t t, int round, int l) const { return in(l, round) && last(l) && moves(l, t) ? blocks(l) : 0; }
+
+  PC_HD int64_t from_when_steady() const {  // the first move from which on all have the same jobs
+    int64_t from = 1;
+    for (int l = 0; l < plan_.count; ++l) {
+      const int64_t first = node(l).moves_from;
+      from = first < run_.steps && first + 1 > from ? first + 1 : from;
+    }
+    return from;
+  }
+  PC_HD bool list_jobs(int64_t t) const {
+    bool fits = this->list(kSend, [&](int l) { return sends(t, 0, l); });
+    fits = this->list(kPredict, [&](int l) { return predicts(t, 0, l); }) && fits;
+    fits = this->list(kCorrect, [&](int l) { return corrects(t, 0, l); }) && fits;
+    fits = this->list(kFeedback, [&](int l) { return feeds_back(t, 0, l); }) && fits;
+    fits = this->list(kMove, [&](int l) { return moves_below(t, 0, 0, l); }) && fits;
+    return this->list(kMoveLast, [&](int l) { return moves_last(t, 0, l); }) && fits;
+  }
+
+  PC_HD void step(int64_t t, int round, bool listed) const {
+    jobs(kSend, listed, [&](int l) { return sends(t, round, l); },
          [&](int l, int job) { plan(l).narrow ? send_share(l, job) : send_moved(l, job); });
     exec_.sync_cluster();
-    jobs([&](int l) { return in(l, round) && refreshes(l, t) ? blocks(l) : 0; }, [&](int l, int job) { predict(t, l, job); });
-    errors(t, round);
+    jobs(kPredict, listed, [&](int l) { return predicts(t, round, l); }, [&](int l, int job) { predict(t, l, job); });
+    if (rows_) row_errors(t, round);
+    jobs(kCorrect, listed, [&](int l) { return corrects(t, round, l); }, [&](int l, int job) { correct(t, l, job); });
     if (t == run_.steps) return exec_.sync_cluster();  // the next round gathers where this one did
     for (int part = 0; part < plan_.parts; ++part) {
       if (part > 0) exec_.sync_cluster();
-      jobs([&](int l) { return in(l, round) && moves(l - 1, t) && !plan(l).narrow ? kCluster * (plan(l).part / kUnit) : 0; },
-           [&](int l, int job) { send_feedback(l, part, job); });
+      jobs(kFeedback, listed, [&](int l) { return feeds_back(t, round, l); }, [&](int l, int job) { send_feedback(l, part, job); });
       exec_.sync_cluster();
-      jobs([&](int l) { return in(l, round) && moves(l - 1, t) ? move_jobs(l, part) : 0; },
+      jobs(kMove, listed, [&](int l) { return moves_below(t, round, part, l); },
            [&](int l, int job) { plan(l).narrow ? move_under_narrow(l, job) : move_received(l, part, job); });
     }
-    jobs([&](int l) { return in(l, round) && last(l) && moves(l, t) ? blocks(l) : 0; }, [&](int l, int job) { move_last(l, job); });
-    refresh_rows(t, round);
+    jobs(kMoveLast, listed, [&](int l) { return moves_last(t, round, l); }, [&](int l, int job) { move_last(l, job); });
+    if (rows_) refresh_rows(t, round);
   }
 
-  // dv of the node below, a line a column, to one CTA; each begins with another one, so that not all write to the same
+  // dv of the node below, a line a column, to some CTAs; each begins with others, so that not all write to the same
   PC_HD void send_moved(int l, int job) const {
-    const int to = (exec_.cta + job) % kCluster;
     const Line* own = here<Line>(plan(l - 1).moved);
-    Line* gather = there<Line>(to, plan(l).gather) + from(l - 1);
-    exec_.lanes(held_columns(l - 1), [&](int j) { gather[j] = own[j]; });
+    for (int i = 0; i < kPeers; ++i) {
+      Line* gather = there<Line>((exec_.cta + job * kPeers + i) % kCluster, plan(l).gather) + from(l - 1);
+      exec_.lanes(held_columns(l - 1), [&](int j) { gather[j] = own[j]; });
+    }
   }
 
   // of a narrow layer: this CTA's share of a block of W dv, to all
@@ -175,8 +211,8 @@ class ClusterBody : private ClusterRows<Exec> {
     if (plain(l)) plain_errors(t, l, j, m, now, value);
   }
 
-  // delta of the layers of a round that `advance` has not left behind
-  PC_HD void errors(int64_t t, int round) const {
+  // delta of the layers whose entries take part in each other's
+  PC_HD void row_errors(int64_t t, int round) const {
     const auto whole = [&](int l) { return in(l, round) && needs_prediction_row(l); };
     bool any = false, sum = false;
     for (int l = 1; l < plan_.count; ++l) {
@@ -193,19 +229,10 @@ class ClusterBody : private ClusterRows<Exec> {
     }
     if (sum) exec_.sync_cluster();
     for (int l = 1; l < plan_.count; ++l) {
-      if (whole(l)) row_errors(t, l);
+      if (whole(l)) row_delta(t, l);
     }
-    jobs([&](int l) { return in(l, round) && plain(l) && !refreshes(l, t) ? blocks(l) : 0; },
-         [&](int l, int block) {
-           exec_.quads([&](int c, int m) {
-             Four pre, value;
-             get(here<float>(plan(l).a), block * kUnit + c, m, pre);
-             get(here<float>(plan(l).mu), block * kUnit + c, m, value);
-             plain_errors(t, l, block * kUnit + c, m, pre, value);
-           });
-         });
   }
-  PC_HD void row_errors(int64_t t, int l) const {
+  PC_HD void row_delta(int64_t t, int l) const {
     if (needs_dot(l)) combine(l, kDot);
     Bf16* own = here<Bf16>(plan(l).delta);
     float* out = t == run_.steps ? node(l).delta : nullptr;
@@ -213,6 +240,15 @@ class ClusterBody : private ClusterRows<Exec> {
       const float found = delta(l, m, j);
       own[at(j, m)] = to_bf16(found);
       if (out != nullptr && written(l, m)) out[place(l, m, j)] = found;
+    });
+  }
+  // a block that `advance` has not left behind: a has stayed, but phi may have moved
+  PC_HD void correct(int64_t t, int l, int block) const {
+    exec_.quads([&](int c, int m) {
+      Four pre, value;
+      get(here<float>(plan(l).a), block * kUnit + c, m, pre);
+      get(here<float>(plan(l).mu), block * kUnit + c, m, value);
+      plain_errors(t, l, block * kUnit + c, m, pre, value);
     });
   }
   // delta of four entries that hang together with no others
@@ -236,15 +272,16 @@ class ClusterBody : private ClusterRows<Exec> {
     }
   }
 
-  // this CTA's share of W^T delta for a block of an owner's columns of the node below
+  // this CTA's share of W^T delta for a part of an owner's columns of the node below
   PC_HD void send_feedback(int l, int part, int job) const {
     const LayerPlan &p = plan(l), &below = plan(l - 1);
-    const int each = p.part / kUnit, owner = (exec_.cta + job / each) % kCluster, j = job % each * kUnit;
-    const int first = below.first[owner] + part * p.part + j, inner = held_columns(l);
-    if (first >= below.first[owner + 1] || inner == 0) return;
+    const int owner = (exec_.cta + job) % kCluster, first = below.first[owner] + part * p.part, inner = held_columns(l);
+    const int left = below.first[owner + 1] - first, width = left < p.part ? left : p.part;
     float* receive = there<float>(owner, p.receive) + exec_.cta * p.part * kTile;
-    exec_.template multiply<true>(here<Bf16>(p.weight) + first, p.pitch, here<Bf16>(p.delta), inner,
-                                  [&](int c, int m, const Four& x) { put(receive, j + c, m, x); });
+    for (int j = 0; j < width; j += kUnit) {
+      exec_.template multiply<true>(here<Bf16>(p.weight) + first + j, p.pitch, here<Bf16>(p.delta), inner,
+                                    [&](int c, int m, const Four& x) { put(receive, j + c, m, x); });
+    }
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -351,6 +388,8 @@ class ClusterBody : private ClusterRows<Exec> {
     }
     exec_.sync_cluster();  // no CTA leaves while another may still write to it
   }
+
+  bool rows_;  // whether any node needs whole rows
 };
 
 }  // namespace pc

@@ -30,6 +30,7 @@ constexpr int kAlign = 128;
 constexpr int kSharedBytes = 226 * 1024;  // of the 227 KB that a CTA may have on sm_90; 1 KB in reserve
 constexpr int kStats = 3;              // row statistics: of the state, of the prediction, a sum of both
 constexpr int kParts[] = {1, 2, 4};
+constexpr int kWorks = 6, kListed = 63;  // kinds of work in a round; jobs of one that are listed, if there are no more
 constexpr int kNowhere = -1;
 
 struct LayerShape {
@@ -55,8 +56,14 @@ struct LayerPlan {
   int shares;                // of a narrow layer: kCluster x padded x kTile float32
 };
 
+struct JobList {  // who does what in a step, found out once for all
+  int count;
+  short layer[kListed], number[kListed];
+};
+
 struct ClusterPlan {
   int count, rounds, parts, bytes;
+  int lists;  // kWorks of JobList
   bool momentum;
   LayerPlan layers[kMaxLayers];
 };
@@ -149,6 +156,7 @@ inline std::string plan_cluster(const LayerShape* shapes, int64_t count, bool mo
     plan::share_columns(layer, l > 0 && l + 1 == plan.count && layer.width <= kNarrow);
     plan::place_resident(shapes[l], l, plan, end);
   }
+  plan.lists = plan::take(end, kWorks * sizeof(JobList));
   for (const int parts : kParts) {
     const bool fits = plan::place_rounds(plan, parts, end, kSharedBytes - end, most);
     plan.bytes = static_cast<int>(std::min<int64_t>(end + most, INT32_MAX));

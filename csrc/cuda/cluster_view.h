@@ -20,6 +20,8 @@ struct alignas(4) TwoHalves {
   Bf16 x[2];
 };
 
+enum Work : int { kSend, kPredict, kCorrect, kFeedback, kMove, kMoveLast };  // of a round, in their order
+
 enum Stat : int { kState, kPrediction, kDot };  // places of a node's row statistics
 
 template <class Exec>
@@ -103,17 +105,42 @@ class ClusterView {
   PC_HD void entries(int l, const F& f) const {  // f(m, j) for the entries of this CTA's columns of node l
     exec_.each(kTile * columns(l), [&](int i) { f(i % kTile, i / kTile); });
   }
-  // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on
+  // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on. listed: they are those of the list
   template <class Count, class F>
-  PC_HD void jobs(const Count& count, const F& f) const {
-    int total = 0;
-    for (int l = 1; l < plan_.count; ++l) total += count(l);
-    exec_.warps(total, [&](int job) {
-      int l = 1;
-      for (int some = count(l); job >= some; some = count(l)) job -= some, ++l;
-      f(l, job);
-    });
+  PC_HD void jobs(Work work, bool listed, const Count& count, const F& f) const {
+    if (listed) {
+      const JobList& list = here<JobList>(plan_.lists)[work];
+      exec_.warps(list.count, [&](int i) { f(list.layer[i], list.number[i]); });
+    } else {
+      exec_.warps(total(count), [&](int i) { find(count, i, f); });
+    }
     exec_.sync();
+  }
+  template <class Count>
+  PC_HD int total(const Count& count) const {
+    int jobs = 0;
+    for (int l = 1; l < plan_.count; ++l) jobs += count(l);
+    return jobs;
+  }
+  template <class Count, class F>
+  PC_HD void find(const Count& count, int job, const F& f) const {
+    int l = 1;
+    for (int some = count(l); job >= some; some = count(l)) job -= some, ++l;
+    f(l, job);
+  }
+  template <class Count>
+  PC_HD bool list(Work work, const Count& count) const {  // whether there is room for them
+    JobList& list = here<JobList>(plan_.lists)[work];
+    const int jobs = total(count);
+    if (jobs > kListed) return false;
+    exec_.each(jobs + 1, [&](int i) {
+      if (i == jobs) {
+        list.count = jobs;
+        return;
+      }
+      find(count, i, [&](int l, int job) { list.layer[i] = static_cast<short>(l), list.number[i] = static_cast<short>(job); });
+    });
+    return true;
   }
 
   const Exec& exec_;
