@@ -33,7 +33,7 @@ class Launch(NamedTuple):
 _HALVES = (
     (128, Launch(16, 32, 128, 4, 4)),
     (512, Launch(32, 32, 128, 4, 4)),
-    (float("inf"), Launch(64, 64, 64, 4, 4)),
+    (float("inf"), Launch(32, 64, 64, 4, 4)),  # 64 x 64 x 64 is 5 to 20 % faster there, but spills in Triton 3.9
 )
 LAUNCHES: dict[str, tuple[tuple[float, Launch], ...]] = {
     "fp32": ((512, Launch(32, 32, 32, 4, 3)), (float("inf"), Launch(64, 32, 32, 4, 3))),
