@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.markdown import link, markdown
-from benchmarks.report_gpu import gpu_section
+from benchmarks.report_gpu import cuda_section, gpu_section
 from benchmarks.report_language import memory_section, output_section, perplexity_section, step_section
 from benchmarks.report_vae import losses_section, vae_section
 
@@ -159,6 +159,7 @@ def figures() -> str:
     parts += [output_section(path) for path in sorted(RESULTS.glob("cpu_linear_softmax*.json"))]
     parts += [memory_section(path) for path in sorted(RESULTS.glob("memory*.json"))]
     parts += [gpu_section(path) for path in sorted(RESULTS.glob("gpu_*.json"))]
+    parts += [cuda_section(path) for path in sorted(RESULTS.glob("cuda_resources*.json"))]
     parts += [resources_section(path) for path in sorted(RESULTS.glob("triton_resources*.json"))]
     return "\n\n".join(parts)
 

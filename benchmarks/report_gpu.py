@@ -52,3 +52,17 @@ def _tiles(rows: list[dict[str, Any]]) -> str:
         found.setdefault((row["what"], tile), {})[row["case"]] = row["median_ms"]
     cells = [[*key, *(f"{of[b]:.3f}" if b in of else "" for b in batches)] for key, of in found.items()]
     return "Triton's tiles, median ms\n\n" + markdown(["what", "tile", *batches], cells)
+
+
+def cuda_section(path: Path) -> str:
+    """What the kernels of csrc/cuda take, compiled."""
+    document = json.loads(path.read_text())
+    cells = []
+    for target in dict.fromkeys(kernel["target"] for kernel in document["kernels"]):
+        of = [kernel for kernel in document["kernels"] if kernel["target"] == target]
+        most = {name: max(kernel[name] for kernel in of) for name in ("registers", "static_shared", "stack", "spills")}
+        cells.append([target, str(len(of)), *map(str, most.values())])
+    head = f"**CUDA kernels, {document['note']}** ({link(path)})\n\n"
+    head += f"`{document['command']}`, nvcc {document['nvcc']}.\n\n"
+    names = ["most registers", "most static shared memory", "most stack", "most spilled"]
+    return head + markdown(["compiled for", "kernels", *names], cells)
