@@ -153,7 +153,8 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Float32 products of the start are float32's, whatever the process has set: `precision` alone decides."""
+    """Float32 products of the start are float32's, whatever the process has set: `precision` alone decides. Torch has
+    one switch for all threads, so others' products are exact for that time, too."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     if not allowed:
         yield

@@ -20,7 +20,7 @@ from pc_runner.models.mlp import build
 from pc_runner.text import load_corpus
 from pc_runner.tokens import Samples, Tokeniser, Tokens, tokenise, user_cache
 from pc_runner.train import Row, Run, load_weights
-from pc_runner.vae_run import VaeRun, build_vae, loss_line, test_figures
+from pc_runner.vae_run import VaeRun, build_vae, loss_line, losses_and_variances
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _test_vae(config: VaeConfig, checkpoint: Checkpoint, path: Path, data: str, 
     net = build_vae(config, images.x_test.shape[1])
     load_weights(net, checkpoint, path)
     about = {"data": images.name, "test_images": len(images.x_test), "note": images.note}
-    return {**about, **test_figures(net, images.x_test, config.latent)}
+    return {**about, **losses_and_variances(net, images.x_test, config.latent)}
 
 
 def accuracy_line(row: Row) -> str:

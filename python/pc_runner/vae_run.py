@@ -48,10 +48,10 @@ class VaeRun(Run):
         return self._noise[1]
 
     def evaluate(self) -> Row:
-        return test_figures(self.net, self.data.x_test, self.config.latent)
+        return losses_and_variances(self.net, self.data.x_test, self.config.latent)
 
 
-def test_figures(net: PCNetwork, x: Tensor, latent: int) -> Row:
+def losses_and_variances(net: PCNetwork, x: Tensor, latent: int) -> Row:
     """What `VaeRun.evaluate` gives, of images (B, P)."""
     found = losses(net, x, drawn(len(x), latent, TEST_SEED, 0))
     parts = {"test_loss": found.loss, "reconstruction": found.reconstruction, "kl": found.kl}
