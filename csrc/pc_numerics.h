@@ -15,6 +15,13 @@
 #define PC_HD inline
 #endif
 
+// Said of a short loop over an array that a GPU is to hold in registers.
+#if defined(__CUDACC__)
+#define PC_UNROLL _Pragma("unroll")
+#else
+#define PC_UNROLL
+#endif
+
 // Said of a loop whose iterations touch no common memory, so that the compiler vectorises it without asking.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define PC_INDEPENDENT _Pragma("GCC ivdep")

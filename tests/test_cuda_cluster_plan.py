@@ -25,13 +25,17 @@ def _held(plan: ClusterPlan, l: int) -> int:
 
 
 def _regions(plan: ClusterPlan, shapes: list[Shape], rows: int = TILE) -> dict[str, tuple[int, int, int | None]]:
-    """name -> (from, to, round; None: held through all steps), with the sizes that the kernel reads and writes."""
+    """name -> (from, to, round; None: held through all steps; -1: before them), with the sizes that the kernel reads and
+    writes."""
     out: dict[str, tuple[int, int, int | None]] = {}
 
     def add(name: str, start: int, size: int, during: int | None = None) -> None:
         out[name] = (start, start + size, during)
 
     add("lists", plan.lists, 6 * (4 + 2 * 2 * 63))
+    if len(shapes) > 1:
+        handed_on = max(plan.layers[l].padded for l in range(len(shapes) - 1))
+        add("forward", plan.forward, 4 * rows * handed_on, -1)
     for l, shape in enumerate(shapes):
         layer, widest = plan.layers[l], _held(plan, l)
         add(f"phi{l}", layer.phi, 4 * rows * widest)

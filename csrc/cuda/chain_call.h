@@ -11,7 +11,7 @@
 namespace pc {
 
 struct ChainCall : Call {
-  std::vector<ClusterNode> nodes;
+  std::vector<ChainNode> nodes;
   std::vector<int64_t> widths;
   std::vector<Tensor> phi, delta;
 };
@@ -22,7 +22,7 @@ struct ChainRequest {
   const Names &activations, &energies, &feeds, &rules;
   const c10::List<double>& lrs;
   const Optionals& log_vars;
-  Tensors starts, first_a;
+  const Optionals& starts;  // none: the forward pass gives the states
   const Optionals &masks, &holds;
   const Flags& clamped;
   at::IntArrayRef moves_from;
@@ -35,7 +35,7 @@ inline const float* floats(ChainCall& call, const char* argument, const std::opt
   return call.keep(*given).data_ptr<float>();
 }
 
-inline int64_t state_width(const ClusterNode& node, int64_t width) {  // of phi: the target of a pair is one number
+inline int64_t state_width(const ChainNode& node, int64_t width) {  // of phi: the target of a pair is one number
   return node.clamped && node.energy == Energy::gaussian_full ? width / 2 : width;
 }
 
@@ -49,13 +49,12 @@ inline void check_counts(const ChainRequest& request) {
   const std::pair<const char*, size_t> sizes[] = {
       {"biases", request.biases.size()},     {"activations", request.activations.size()}, {"energies", request.energies.size()},
       {"feeds", request.feeds.size()},       {"rules", request.rules.size()},             {"lrs", request.lrs.size()},
-      {"log_vars", request.log_vars.size()}, {"starts", request.starts.size()},           {"first_a", request.first_a.size()},
-      {"masks", request.masks.size()},       {"holds", request.holds.size()},             {"clamped", request.clamped.size()},
-      {"moves_from", request.moves_from.size()}};
+      {"log_vars", request.log_vars.size()}, {"starts", request.starts.size()},           {"masks", request.masks.size()},
+      {"holds", request.holds.size()},       {"clamped", request.clamped.size()},         {"moves_from", request.moves_from.size()}};
   for (const auto& [argument, size] : sizes) check_count(argument, size, count);
 }
 
-inline void set_start(ChainCall& call, ClusterNode& node, const Tensor& start, int64_t width, bool last) {
+inline void set_start(ChainCall& call, ChainNode& node, const Tensor& start, int64_t width, bool last) {
   if (start.is_floating_point()) {
     node.start = floats(call, "starts", start, {call.batch, state_width(node, width)});
     return;
@@ -68,11 +67,10 @@ inline void set_start(ChainCall& call, ClusterNode& node, const Tensor& start, i
 }
 
 inline void add_node(ChainCall& call, const ChainRequest& request, size_t l) {
-  ClusterNode node{};
+  ChainNode node{};
   const bool last = l + 1 == request.weights.size();
   const Tensor& weight = request.weights[l];
-  TORCH_CHECK_VALUE(weight.dim() == 2 && (l == 0 || weight.size(1) == call.widths.back()),
-                    "weights: wanted (width, width of the layer below), got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weights: wanted (width, width of the layer below), got ", weight.sizes());
   const int64_t width = weight.size(0);
   node.activation = activation_of("activations", request.activations[l]);
   node.energy = energy_of(request.energies[l]);
@@ -84,11 +82,11 @@ inline void add_node(ChainCall& call, const ChainRequest& request, size_t l) {
   node.moves_from = request.moves_from[l];
   node.weight = floats(call, "weights", weight, weight.sizes());
   node.bias = floats(call, "biases", request.biases[l], {width});
-  node.first_a = floats(call, "first_a", request.first_a[l], {call.batch, width});
   node.log_var = floats(call, "log_vars", request.log_vars[l], {width});
   TORCH_CHECK_VALUE((node.energy == Energy::gaussian_diag) == (node.log_var != nullptr),
                     "log_vars: wanted a tensor for gaussian_diag and None elsewhere");
-  set_start(call, node, request.starts[l], width, last);
+  TORCH_CHECK_VALUE(request.starts[l].has_value() || !node.clamped, "starts: wanted the target of node ", l + 1, ", which is clamped");
+  if (request.starts[l].has_value()) set_start(call, node, *request.starts[l], width, last);
   const int64_t states = node.index == nullptr ? state_width(node, width) : width;
   set_mask(call, "masks", request.masks[l], {call.batch, states}, node.mask, node.mask_sample);
   set_mask(call, "holds", request.holds[l], {call.batch, states}, node.hold, node.hold_sample);
@@ -101,12 +99,10 @@ inline void add_node(ChainCall& call, const ChainRequest& request, size_t l) {
   call.widths.push_back(width);
 }
 
-inline ChainCall describe_call(const ChainRequest& request) {
+inline ChainCall describe_call(const ChainRequest& request, int64_t batch) {
   check_counts(request);
   ChainCall call;
-  call.device = request.weights[0].device();
-  TORCH_CHECK_VALUE(request.first_a[0].dim() == 2, "first_a: wanted (batch, width), got ", request.first_a[0].sizes());
-  call.batch = request.first_a[0].size(0);
+  call.device = request.weights[0].device(), call.batch = batch;
   for (size_t l = 0; l < request.weights.size(); ++l) add_node(call, request, l);
   return call;
 }

@@ -8,21 +8,21 @@
 // with a cluster barrier at each bar: after it what was sent has arrived, and what was read may be overwritten.
 #pragma once
 
-#include "cluster_rows.h"
+#include "cluster_start.h"
 
 namespace pc {
 
 constexpr int kPeers = 2;  // that one warp sends to
 
-template <class Exec>
-class ClusterBody : private ClusterRows<Exec> {
+template <class Exec, bool Bare>
+class ClusterBody : private ClusterStart<Exec, Bare> {
  public:
-  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterRows<Exec>(exec, run, tile), rows_(false) {
+  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterStart<Exec, Bare>(exec, run, tile), rows_(false) {
     for (int l = 0; l < plan_.count; ++l) rows_ = rows_ || !plain(l) || needs_state_row(l);
   }
 
   PC_HD void solve() {
-    load();
+    this->begin();
     const int64_t steady = from_when_steady();
     const bool lists = plan_.rounds == 1 && plan_.parts == 1 && steady < run_.steps && list_jobs(steady);
     for (int64_t t = 0; t <= run_.steps; ++t) {
@@ -32,9 +32,9 @@ class ClusterBody : private ClusterRows<Exec> {
   }
 
  private:
-  using Base = ClusterRows<Exec>;
+  using Base = ClusterStart<Exec, Bare>;
   using Base::exec_, Base::run_, Base::plan_, Base::plan, Base::node, Base::last, Base::written, Base::from, Base::columns;
-  using Base::moves, Base::place, Base::kept, Base::held, Base::real, Base::blocks, Base::held_columns, Base::start, Base::phi, Base::mu;
+  using Base::moves, Base::place, Base::kept, Base::held, Base::real, Base::blocks, Base::held_columns, Base::phi, Base::mu;
   using Base::a, Base::log_var, Base::at, Base::column, Base::get, Base::put, Base::entries, Base::jobs, Base::plain;
   using Base::needs_state_row, Base::needs_prediction_row, Base::needs_dot, Base::send_state_row, Base::send_prediction_row;
   using Base::send_dot, Base::combine, Base::softmax_mu, Base::delta, Base::fed_softmax;
@@ -44,63 +44,19 @@ class ClusterBody : private ClusterRows<Exec> {
   PC_HD T* there(int cta, int offset) const { return Base::template there<T>(cta, offset); }
 
   // -------------------------------------------------------------------------------------------------------------------
-  // before the first move
-
-  PC_HD void load() const {
-    float* words = here<float>(0);
-    exec_.each(plan_.bytes / 4, [&](int i) { words[i] = 0.0f; });  // padding takes part in the products
-    for (int l = 0; l < plan_.count; ++l) {
-      if (l > 0) load_weight(l);
-      const bool raw = is_softmax(node(l).activation);
-      entries(l, [&](int m, int j) {
-        const float pre = node(l).first_a[place(l, m, j)];
-        here<float>(plan(l).phi)[at(j, m)] = start(l, m, j);
-        if (l > 0) here<float>(plan(l).a)[at(j, m)] = pre;
-        if (!raw) here<float>(plan(l).mu)[at(j, m)] = activated(node(l).activation, pre);
-      });
-    }
-    exec_.sync_cluster();  // every CTA of the cluster runs, and its memory is ready
-    for (int l = 0; l < plan_.count; ++l) {
-      if (needs_state_row(l)) send_state_row(l);
-      if (l == 0 && needs_prediction_row(0)) send_prediction_row(0);
-    }
-    exec_.sync_cluster();
-    for (int l = 0; l < plan_.count; ++l) {
-      if (needs_state_row(l)) combine(l, kState);
-      if (l == 0 && needs_prediction_row(0)) combine(0, kPrediction);
-      if (l == 0 && is_softmax(node(0).activation)) softmax_mu(0);
-      if (plan(l).fed != kNowhere) entries(l, [&](int m, int j) { here<float>(plan(l).fed)[at(j, m)] = fed_softmax(l, m, j); });
-      if (plan(l).moved != kNowhere && !run_.differences) entries(l, [&](int m, int j) { feed_first(l, m, j); });
-    }
-  }
-
-  // the rows of this CTA's columns; of a narrow layer all rows, and of them what belongs to its columns of the node below
-  PC_HD void load_weight(int l) const {
-    const LayerPlan& p = plan(l);
-    const int inputs = plan(l - 1).width, skipped = p.narrow ? from(l - 1) : 0, taken = p.narrow ? columns(l - 1) : inputs;
-    const float* weight = node(l).weight + int64_t{from(l)} * inputs + skipped;
-    Bf16* to = here<Bf16>(p.weight);
-    exec_.warps(columns(l), [&](int row) {
-      exec_.lanes(taken, [&](int k) { to[row * p.pitch + k] = to_bf16(weight[int64_t{row} * inputs + k]); });
-    });
-    exec_.sync();
-  }
-  PC_HD void feed_first(int l, int m, int j) const {  // entries that never move are fed on, too
-    const int feed = node(l).feed;
-    const float v = is_softmax(feed) ? fed_softmax(l, m, j) : activated(static_cast<Activation>(feed), phi(l, m, j));
-    here<Bf16>(plan(l).moved)[at(j, m)] = to_bf16(v);
-  }
-
-  // -------------------------------------------------------------------------------------------------------------------
   // a round
 
   PC_HD bool in(int l, int round) const { return plan(l).round == round; }
   PC_HD bool refreshes(int l, int64_t t) const { return t > 0 && moves(l - 1, t - 1); }  // a_l has changed
 
+  // Whether who moves the node below layer l sends it on at once. With one round nobody reads what was gathered before by then;
+  // a softmax has to wait for its row.
+  PC_HD bool sent_by_moves(int l) const { return Bare || (plan_.rounds == 1 && !is_softmax(node(l - 1).feed)); }
+
   // jobs of a layer in a round of move t
   PC_HD int sends(int64_t t, int round, int l) const {
     if (!in(l, round) || !refreshes(l, t)) return 0;
-    return plan(l).narrow ? blocks(l) : kCluster / kPeers;
+    return plan(l).narrow ? blocks(l) : sent_by_moves(l) ? 0 : kCluster / kPeers;
   }
   PC_HD int predicts(int64_t t, int round, int l) const { return in(l, round) && refreshes(l, t) ? blocks(l) : 0; }
   PC_HD int corrects(int64_t t, int round, int l) const { return in(l, round) && plain(l) && !refreshes(l, t) ? blocks(l) : 0; }
@@ -132,9 +88,13 @@ class ClusterBody : private ClusterRows<Exec> {
          [&](int l, int job) { plan(l).narrow ? send_share(l, job) : send_moved(l, job); });
     exec_.sync_cluster();
     jobs(kPredict, listed, [&](int l) { return predicts(t, round, l); }, [&](int l, int job) { predict(t, l, job); });
-    if (rows_) row_errors(t, round);
+    if (rows()) {
+      exec_.sync();
+      row_errors(t, round);
+    }
     jobs(kCorrect, listed, [&](int l) { return corrects(t, round, l); }, [&](int l, int job) { correct(t, l, job); });
     if (t == run_.steps) return exec_.sync_cluster();  // the next round gathers where this one did
+    exec_.sync();
     for (int part = 0; part < plan_.parts; ++part) {
       if (part > 0) exec_.sync_cluster();
       jobs(kFeedback, listed, [&](int l) { return feeds_back(t, round, l); }, [&](int l, int job) { send_feedback(l, part, job); });
@@ -143,7 +103,8 @@ class ClusterBody : private ClusterRows<Exec> {
            [&](int l, int job) { plan(l).narrow ? move_under_narrow(l, job) : move_received(l, part, job); });
     }
     jobs(kMoveLast, listed, [&](int l) { return moves_last(t, round, l); }, [&](int l, int job) { move_last(l, job); });
-    if (rows_) refresh_rows(t, round);
+    exec_.sync();
+    if (rows()) refresh_rows(t, round);
   }
 
   // dv of the node below, a line a column, to some CTAs; each begins with others, so that not all write to the same
@@ -155,11 +116,21 @@ class ClusterBody : private ClusterRows<Exec> {
     }
   }
 
+  // the same of a block of 16 columns, by the warp that has just moved them
+  PC_HD void send_block(int l, int j) const {
+    exec_.sync_warp();
+    const Line* own = here<Line>(plan(l - 1).moved) + j;
+    const int at = from(l - 1) + j;
+    exec_.lanes(kUnit * kCluster, [&](int i) {
+      there<Line>((exec_.cta + i / kUnit) % kCluster, plan(l).gather)[at + i % kUnit] = own[i % kUnit];
+    });
+  }
+
   // of a narrow layer: this CTA's share of a block of W dv, to all
   PC_HD void send_share(int l, int block) const {
     const LayerPlan& p = plan(l);
     const Bf16* weight = here<Bf16>(p.weight) + block * kUnit * p.pitch;
-    exec_.template multiply<false>(weight, p.pitch, here<Bf16>(plan(l - 1).moved), held_columns(l - 1), [&](int c, int m, const Four& x) {
+    exec_.multiply(weight, p.pitch, here<Bf16>(plan(l - 1).moved), held_columns(l - 1), [&](int c, int m, const Four& x) {
       for (int i = 0; i < kCluster; ++i) {
         const int to = (exec_.cta + i) % kCluster;
         put(there<float>(to, p.shares) + exec_.cta * p.padded * kTile, block * kUnit + c, m, x);
@@ -171,7 +142,7 @@ class ClusterBody : private ClusterRows<Exec> {
     const LayerPlan& p = plan(l);
     if (p.narrow) return exec_.quads([&](int c, int m) { advance(t, l, block * kUnit + c, m, from_shares(l, block * kUnit + c, m).x); });
     const Bf16* weight = here<Bf16>(p.weight) + block * kUnit * p.pitch;
-    exec_.template multiply<false>(weight, p.pitch, here<Bf16>(p.gather), plan(l - 1).padded,
+    exec_.multiply(weight, p.pitch, here<Bf16>(p.gather), plan(l - 1).padded,
                                    [&](int c, int m, const Four& x) { advance(t, l, block * kUnit + c, m, x); });
   }
   struct Sums {
@@ -204,7 +175,7 @@ class ClusterBody : private ClusterRows<Exec> {
       now[i] += x[i];
     }
     put(buffer, j, m, now);
-    if (is_softmax(node(l).activation)) return;
+    if (!Bare && is_softmax(node(l).activation)) return;
     Four value;
     activate(node(l).activation, now, value);
     put(here<float>(plan(l).mu), j, m, value);
@@ -253,14 +224,14 @@ class ClusterBody : private ClusterRows<Exec> {
   }
   // delta of four entries that hang together with no others
   PC_HD void plain_errors(int64_t t, int l, int j, int m, const Four& pre, const Four& value) const {
-    const ClusterNode& d = node(l);
+    const ChainNode& d = node(l);
     Four state, grad, variance = {0, 0, 0, 0};
     get(here<float>(plan(l).phi), j, m, state);
     bool keep[4];
     for (int i = 0; i < 4; ++i) {
       keep[i] = real(l, column(j, i)) && kept(l, m + i % 2, column(j, i));
       if (!keep[i]) state[i] = value[i];
-      if (d.log_var != nullptr && keep[i]) variance[i] = log_var(l, column(j, i));
+      if (!Bare && d.log_var != nullptr && keep[i]) variance[i] = log_var(l, column(j, i));
     }
     grads_of<kGradMu>(d.energy, d.clamped, state, value, variance, grad);
     pull(d.activation, pre, value, grad);
@@ -278,10 +249,8 @@ class ClusterBody : private ClusterRows<Exec> {
     const int owner = (exec_.cta + job) % kCluster, first = below.first[owner] + part * p.part, inner = held_columns(l);
     const int left = below.first[owner + 1] - first, width = left < p.part ? left : p.part;
     float* receive = there<float>(owner, p.receive) + exec_.cta * p.part * kTile;
-    for (int j = 0; j < width; j += kUnit) {
-      exec_.template multiply<true>(here<Bf16>(p.weight) + first + j, p.pitch, here<Bf16>(p.delta), inner,
-                                    [&](int c, int m, const Four& x) { put(receive, j + c, m, x); });
-    }
+    exec_.multiply_across(here<Bf16>(p.weight) + first, p.pitch, here<Bf16>(p.delta), inner, width / kUnit,
+                          [&](int c, int m, const Four& x) { put(receive, c, m, x); });
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -300,10 +269,11 @@ class ClusterBody : private ClusterRows<Exec> {
       Sums back = added_up(here<float>(p.receive), p.part, block * kUnit + c, m, sent);
       move(l - 1, begin + block * kUnit + c, m, back.x);
     });
+    if (sent_by_moves(l)) send_block(l, begin + block * kUnit);
   }
   PC_HD void move_under_narrow(int l, int block) const {
     const LayerPlan& p = plan(l);
-    exec_.template multiply<true>(here<Bf16>(p.weight) + block * kUnit, p.pitch, here<Bf16>(p.delta), p.padded, [&](int c, int m, const Four& x) {
+    exec_.multiply_across(here<Bf16>(p.weight) + block * kUnit, p.pitch, here<Bf16>(p.delta), p.padded, 1, [&](int c, int m, const Four& x) {
       Four back = {x[0], x[1], x[2], x[3]};
       move(l - 1, block * kUnit + c, m, back);
     });
@@ -317,13 +287,13 @@ class ClusterBody : private ClusterRows<Exec> {
 
   // phi of four entries; what is masked, held or padding stays
   PC_HD void move(int l, int j, int m, Four& back) const {
-    const ClusterNode& d = node(l);
+    const ChainNode& d = node(l);
     const LayerPlan& p = plan(l);
     const float floor = floor_of(d.energy);
     Four before, now, way, value, variance = {0, 0, 0, 0};
     get(here<float>(p.phi), j, m, before);
     get(here<float>(p.mu), j, m, value);
-    for (int i = 0; i < 4; ++i) variance[i] = d.log_var != nullptr && real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
+    for (int i = 0; !Bare && i < 4; ++i) variance[i] = d.log_var != nullptr && real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
     direction(d, last(l), before, value, variance, back, way);
     if (p.velocity != kNowhere) {
       Four velocity;
@@ -337,7 +307,7 @@ class ClusterBody : private ClusterRows<Exec> {
       now[i] = stays ? before[i] : to < floor ? floor : to;
     }
     put(here<float>(p.phi), j, m, now);
-    if (p.moved == kNowhere || is_softmax(d.feed)) return;
+    if (p.moved == kNowhere || (!Bare && is_softmax(d.feed))) return;
     feed_of(d, run_.differences, before, now);
     put(here<Bf16>(p.moved), j, m, now);
   }
@@ -388,6 +358,8 @@ class ClusterBody : private ClusterRows<Exec> {
     }
     exec_.sync_cluster();  // no CTA leaves while another may still write to it
   }
+
+  PC_HD bool rows() const { return !Bare && rows_; }
 
   bool rows_;  // whether any node needs whole rows
 };

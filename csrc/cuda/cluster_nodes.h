@@ -12,7 +12,7 @@
 namespace pc {
 
 // One layer and the node that it predicts; pointers to global memory, float32, rows of `width`; null means none.
-struct ClusterNode {
+struct ChainNode {
   Activation activation;
   Energy energy;
   int feed;            // an Activation; not read of the last node
@@ -21,8 +21,7 @@ struct ClusterNode {
   int64_t moves_from;  // the first move in which phi changes; more than any step: never
 
   const float *weight, *bias;  // (width, width below), (width,)
-  const float* first_a;        // (batch, width): pre-activations at t = 0: exact for bf16_delta, of bfloat16 operands for bf16
-  const float* start;          // (batch, width): phi at t = 0, or the target
+  const float* start;          // (batch, width): phi at t = 0, or the target; null: the forward pass gives it
   const int64_t* index;        // (batch,): the target as classes
   const float* log_var;        // (width,)
   const uint8_t *mask, *hold;  // 1 = takes part; 1 = held
@@ -33,8 +32,11 @@ struct ClusterNode {
 
 struct ClusterRun {
   ClusterPlan plan;
-  ClusterNode nodes[kMaxLayers];
+  ChainNode nodes[kMaxLayers];
+  const float* x;  // (batch, inputs)
+  float* first_a;  // (batch, width): room for the first layer's pre-activations, which never change
   int64_t batch, steps;
+  int inputs;
   float momentum;
   bool differences;  // bf16_delta: products of dv are added to the exact first a. Else (bf16) a is computed anew from v
   int64_t* diverged;  // one number, 0 before: becomes the lowest node (from 1) with a state that is not finite
@@ -45,7 +47,7 @@ PC_HD bool is_softmax(int activation) { return activation == static_cast<int>(Ac
 PC_HD bool is_softmax(Activation activation) { return activation == Activation::softmax; }
 
 // Why the kernel cannot run such a node; empty: it can.
-inline std::string refusal(const ClusterNode& node, bool last) {
+inline std::string refusal(const ChainNode& node, bool last) {
   if (node.energy == Energy::categorical && is_softmax(node.activation)) {
     return "softmax before a categorical node, whose softmax it has already, is not written in it";
   }
@@ -57,13 +59,13 @@ inline std::string refusal(const ClusterNode& node, bool last) {
   return "";
 }
 
-inline LayerShape shape_of(const ClusterNode& node, int64_t width, bool last) {
+inline LayerShape shape_of(const ChainNode& node, int64_t width, bool last) {
   const bool fed = !last && !node.clamped && is_softmax(node.feed);
   return {width, !node.clamped, fed || is_softmax(node.activation) || is_row_family(node.energy), fed};
 }
 
 // Fills in `run`; why the kernel cannot have the chain, or an empty string. widths[l]: of node l.
-inline std::string describe_cluster(const ClusterNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
+inline std::string describe_cluster(const ChainNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
                                     double momentum, bool differences, ClusterRun& run) {
   if (count < 2) return "a single layer has no products to repeat";
   LayerShape shapes[kMaxLayers];
@@ -76,6 +78,18 @@ inline std::string describe_cluster(const ClusterNode* nodes, const int64_t* wid
   }
   run.batch = batch, run.steps = steps, run.momentum = static_cast<float>(momentum), run.differences = differences;
   return plan_cluster(shapes, count, momentum != 0, run.plan);
+}
+
+// Whether nothing of the run needs whole rows, masks, held entries, variances, or turns at the memory.
+inline bool is_bare(const ClusterRun& run) {
+  bool bare = run.plan.rounds == 1 && run.plan.parts == 1;
+  for (int l = 0; l < run.plan.count; ++l) {
+    const ChainNode& d = run.nodes[l];
+    const bool feeds = l + 1 < run.plan.count && !d.clamped;
+    bare = bare && d.mask == nullptr && d.hold == nullptr && d.log_var == nullptr;
+    bare = bare && !is_softmax(d.activation) && !is_row_family(d.energy) && !(feeds && is_softmax(d.feed));
+  }
+  return bare;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +161,7 @@ PC_HD void grads_of(Energy energy, bool clamped, const Four& phi, const Four& mu
 }
 
 // which way phi moves, without momentum; `back`, W^T delta of the layer above, is used up. last: nobody is above
-PC_HD void direction(const ClusterNode& d, bool last, const Four& state, const Four& value, const Four& log_var, Four& back, Four& way) {
+PC_HD void direction(const ChainNode& d, bool last, const Four& state, const Four& value, const Four& log_var, Four& back, Four& way) {
   if (d.natural) {
     for (int i = 0; i < 4; ++i) way[i] = (state[i] - value[i]) + back[i];
     return;
@@ -164,7 +178,7 @@ PC_HD void direction(const ClusterNode& d, bool last, const Four& state, const F
 }
 
 // now, phi after a move, becomes what the node passes on, or by how much that has changed since `before`
-PC_HD void feed_of(const ClusterNode& d, bool differences, Four& before, Four& now) {
+PC_HD void feed_of(const ChainNode& d, bool differences, Four& before, Four& now) {
   const Activation feed = static_cast<Activation>(d.feed);
   if (feed != Activation::identity) {
     Four from;

@@ -56,14 +56,18 @@ struct LayerPlan {
   int shares;                // of a narrow layer: kCluster x padded x kTile float32
 };
 
+struct Job {
+  short layer, number;
+};
 struct JobList {  // who does what in a step, found out once for all
   int count;
-  short layer[kListed], number[kListed];
+  Job jobs[kListed];
 };
 
 struct ClusterPlan {
   int count, rounds, parts, bytes;
-  int lists;  // kWorks of JobList
+  int lists;    // kWorks of JobList
+  int forward;  // a layer's columns x kTile float32: what the forward pass hands on, before there are rounds
   bool momentum;
   LayerPlan layers[kMaxLayers];
 };
@@ -157,8 +161,12 @@ inline std::string plan_cluster(const LayerShape* shapes, int64_t count, bool mo
     plan::place_resident(shapes[l], l, plan, end);
   }
   plan.lists = plan::take(end, kWorks * sizeof(JobList));
+  plan.forward = static_cast<int>(std::min<int64_t>(end, INT32_MAX));
+  int64_t forward = 0;
+  for (int l = 0; l + 1 < plan.count; ++l) forward = std::max(forward, plan::aligned(int64_t{4} * kTile * plan.layers[l].padded));
   for (const int parts : kParts) {
-    const bool fits = plan::place_rounds(plan, parts, end, kSharedBytes - end, most);
+    const bool fits = plan::place_rounds(plan, parts, end, kSharedBytes - end, most) && end + forward <= kSharedBytes;
+    most = std::max(most, forward);
     plan.bytes = static_cast<int>(std::min<int64_t>(end + most, INT32_MAX));
     if (fits) return "";
   }

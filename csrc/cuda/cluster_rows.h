@@ -7,23 +7,26 @@
 
 namespace pc {
 
-template <class Exec>
-class ClusterRows : protected ClusterView<Exec> {
+template <class Exec, bool Bare>
+class ClusterRows : protected ClusterView<Exec, Bare> {
  protected:
-  PC_HD ClusterRows(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterView<Exec>(exec, run, tile) {}
+  PC_HD ClusterRows(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterView<Exec, Bare>(exec, run, tile) {}
 
-  using Base = ClusterView<Exec>;
+  using Base = ClusterView<Exec, Bare>;
   using Base::exec_, Base::plan_, Base::plan, Base::node, Base::columns, Base::stats, Base::stat, Base::kept, Base::phi, Base::a;
   using Base::mu, Base::log_var, Base::entries, Base::at;
 
   PC_HD bool needs_state_row(int l) const {
+    if constexpr (Bare) return false;
     return plan(l).fed != kNowhere || (is_row_family(node(l).energy) && !node(l).clamped);
   }
   PC_HD bool needs_prediction_row(int l) const { return !plain(l); }
   PC_HD bool needs_dot(int l) const {
+    if constexpr (Bare) return false;
     return is_softmax(node(l).activation) || (is_row_family(node(l).energy) && node(l).clamped);
   }
   PC_HD bool plain(int l) const {  // an entry's delta takes only the entry
+    if constexpr (Bare) return true;
     return !is_softmax(node(l).activation) && !is_row_family(node(l).energy);
   }
 
@@ -36,7 +39,7 @@ class ClusterRows : protected ClusterView<Exec> {
     send_softmax(l, kPrediction, !raw, [&](int m, int j) { return raw ? a(l, m, j) : mu(l, m, j); });
   }
   PC_HD void send_dot(int l) const {
-    const ClusterNode& d = node(l);
+    const ChainNode& d = node(l);
     send_sum(l, kDot, [&](int m, int j) {
       if (is_row_family(d.energy)) return phi(l, m, j);  // the target's mass
       const float value = mu(l, m, j), state = phi(l, m, j);
@@ -76,7 +79,7 @@ class ClusterRows : protected ClusterView<Exec> {
 
   // of one entry, of any family
   PC_HD float delta(int l, int m, int j) const {
-    const ClusterNode& d = node(l);
+    const ChainNode& d = node(l);
     const bool keep = kept(l, m, j);
     const float value = mu(l, m, j), state = keep ? phi(l, m, j) : value;  // an entry without a part has no error
     if (is_softmax(d.activation)) {  // all entries of a normalised row hang together, those without a part too

@@ -24,7 +24,8 @@ enum Work : int { kSend, kPredict, kCorrect, kFeedback, kMove, kMoveLast };  // 
 
 enum Stat : int { kState, kPrediction, kDot };  // places of a node's row statistics
 
-template <class Exec>
+// Bare: the run is (is_bare), and nothing is asked of an entry that no entry has.
+template <class Exec, bool Bare>
 class ClusterView {
  public:
   PC_HD ClusterView(const Exec& exec, const ClusterRun& run, int64_t tile)
@@ -32,7 +33,7 @@ class ClusterView {
 
  protected:
   PC_HD const LayerPlan& plan(int l) const { return plan_.layers[l]; }
-  PC_HD const ClusterNode& node(int l) const { return run_.nodes[l]; }
+  PC_HD const ChainNode& node(int l) const { return run_.nodes[l]; }
   PC_HD bool last(int l) const { return l + 1 == plan_.count; }
   PC_HD int64_t sample(int m) const {  // rows beyond the batch repeat its last sample, and are not written out
     const int64_t b = tile_ * kTile + m;
@@ -63,23 +64,24 @@ class ClusterView {
   PC_HD static int at(int j, int m) { return j * kTile + m; }
   PC_HD int64_t place(int l, int m, int j) const { return sample(m) * plan(l).width + from(l) + j; }
   PC_HD bool kept(int l, int m, int j) const {
-    const ClusterNode& d = node(l);
+    if constexpr (Bare) return true;
+    const ChainNode& d = node(l);
     return d.mask == nullptr || d.mask[sample(m) * d.mask_sample + from(l) + j];
   }
   PC_HD bool held(int l, int m, int j) const {
-    const ClusterNode& d = node(l);
+    if constexpr (Bare) return false;
+    const ChainNode& d = node(l);
     return d.hold != nullptr && d.hold[sample(m) * d.hold_sample + from(l) + j];
-  }
-  PC_HD float start(int l, int m, int j) const {  // phi at t = 0, or the target
-    const ClusterNode& d = node(l);
-    return d.index == nullptr ? d.start[place(l, m, j)] : d.index[sample(m)] == from(l) + j ? 1.0f : 0.0f;
   }
   PC_HD float phi(int l, int m, int j) const { return here<float>(plan(l).phi)[at(j, m)]; }
   PC_HD float mu(int l, int m, int j) const { return here<float>(plan(l).mu)[at(j, m)]; }
   PC_HD float a(int l, int m, int j) const {
-    return l == 0 ? node(0).first_a[place(0, m, j)] : here<float>(plan(l).a)[at(j, m)];
+    return l == 0 ? run_.first_a[place(0, m, j)] : here<float>(plan(l).a)[at(j, m)];
   }
-  PC_HD float log_var(int l, int j) const { return node(l).log_var == nullptr ? 0.0f : node(l).log_var[from(l) + j]; }
+  PC_HD float log_var(int l, int j) const {
+    if constexpr (Bare) return 0.0f;
+    return node(l).log_var == nullptr ? 0.0f : node(l).log_var[from(l) + j];
+  }
 
   // -------------------------------------------------------------------------------------------------------------------
   // four entries, a lane's share of a block of 16 columns: entry i is (column j + 8 (i / 2), sample m + i % 2)
@@ -99,22 +101,24 @@ class ClusterView {
   }
 
   // -------------------------------------------------------------------------------------------------------------------
-  // work for all threads of the CTA; each ends with its barrier
+  // work for all threads of the CTA
 
-  template <class F>
+  template <class F>  // ends with the CTA's barrier
   PC_HD void entries(int l, const F& f) const {  // f(m, j) for the entries of this CTA's columns of node l
     exec_.each(kTile * columns(l), [&](int i) { f(i % kTile, i / kTile); });
   }
-  // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on. listed: they are those of the list
+  // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on. listed: they are those of the list. No barrier
   template <class Count, class F>
   PC_HD void jobs(Work work, bool listed, const Count& count, const F& f) const {
     if (listed) {
       const JobList& list = here<JobList>(plan_.lists)[work];
-      exec_.warps(list.count, [&](int i) { f(list.layer[i], list.number[i]); });
+      exec_.warps(list.count, [&](int i) {
+        const Job job = list.jobs[i];
+        f(job.layer, job.number);
+      });
     } else {
       exec_.warps(total(count), [&](int i) { find(count, i, f); });
     }
-    exec_.sync();
   }
   template <class Count>
   PC_HD int total(const Count& count) const {
@@ -138,7 +142,7 @@ class ClusterView {
         list.count = jobs;
         return;
       }
-      find(count, i, [&](int l, int job) { list.layer[i] = static_cast<short>(l), list.number[i] = static_cast<short>(job); });
+      find(count, i, [&](int l, int job) { list.jobs[i] = {static_cast<short>(l), static_cast<short>(job)}; });
     });
     return true;
   }

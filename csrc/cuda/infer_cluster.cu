@@ -18,6 +18,7 @@ constexpr int kThreads = 512;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 constexpr int kLanes = 32, kWarps = kThreads / kLanes;
+constexpr int kAbreast = 4;  // blocks that share what is read of the lines
 
 struct Warp {
   int rank, size;
@@ -56,6 +57,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t addres
   }
 }
 
+// two of them, transposed
+__device__ __forceinline__ void load_lines(uint32_t (&to)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(address) : "memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 struct Cta {
@@ -66,7 +72,10 @@ struct Cta {
     return of == cta ? memory : cooperative_groups::this_cluster().map_shared_rank(memory, of);
   }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  __device__ __forceinline__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
+  __device__ __forceinline__ void sync_cluster() const {  // by all threads together, which the library's does not take for granted
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
 
   __device__ __forceinline__ void lower(int64_t* number, int64_t to) const { pc::lower(number, to); }
 
@@ -87,10 +96,29 @@ struct Cta {
   }
 
   // inside `warps`: f(i) by the lanes; f(c, m) for the quads (c, c + 8) x (m, m + 1) of 16 columns, one a lane
-  template <class F>
+  template <int Unroll = 4, class F>
   __device__ __forceinline__ void lanes(int count, const F& f) const {
-#pragma unroll 8
+#pragma unroll Unroll
     for (int i = static_cast<int>(threadIdx.x) % kLanes; i < count; i += kLanes) f(i);
+  }
+  __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
+  // f(i, the lanes' sum of x[i]), i by the i-th lane: at each step a lane passes on one half and keeps the other
+  template <int N, class F>
+  __device__ __forceinline__ void totals(float (&x)[N], const F& f) const {
+    static_assert(N == kLanes, "one for each lane");
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    halve<N / 2>(x, lane);
+    f(lane, x[0]);
+  }
+  template <int Half, int N>
+  __device__ __forceinline__ void halve(float (&x)[N], int lane) const {
+    const bool upper = (lane & Half) != 0;
+#pragma unroll
+    for (int i = 0; i < Half; ++i) {
+      const float give = upper ? x[i] : x[i + Half], keep = upper ? x[i + Half] : x[i];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, Half);
+    }
+    if constexpr (Half > 1) halve<Half / 2>(x, lane);
   }
   template <class F>
   __device__ __forceinline__ void quads(const F& f) const {
@@ -98,20 +126,20 @@ struct Cta {
     f(sum_row(lane, 0), sum_column(lane, 0));
   }
 
-  // f(c, m, sums) for the quads of sum over k < inner of W[c][k] v[k][m]; Across: of W[k][c] v[k][m]. v: lines of 8
-  template <bool Across, class F>
+  // f(c, m, sums) for the quads of sum over k < inner of W[c][k] v[k][m], c in a block of 16. v: lines of 8
+  template <class F>
   __device__ __forceinline__ void multiply(const Bf16* weight, int pitch, const Bf16* lines, int inner, const F& f) const {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const MatrixRow row = left_row(lane, Across);
+    const MatrixRow row = left_row(lane, false);
     uint32_t left = shared_address(weight + row.row * pitch + row.column), right = shared_address(lines + right_line(lane) * kTile);
-    const uint32_t step = (Across ? 16 * pitch : 16) * sizeof(Bf16);
+    constexpr uint32_t step = 16 * sizeof(Bf16);
     Four even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};
     int k = 0;
 #pragma unroll 4
     for (; k + 32 <= inner; k += 32) {
       uint32_t first[4], second[4], both[4];
-      load_matrices<Across>(first, left);
-      load_matrices<Across>(second, left + step);
+      load_matrices<false>(first, left);
+      load_matrices<false>(second, left + step);
       load_matrices<true>(both, right);
       multiply_add(even, first, both[0], both[1]);
       multiply_add(odd, second, both[2], both[3]);
@@ -119,23 +147,53 @@ struct Cta {
     }
     if (k < inner) {
       uint32_t first[4], both[4];
-      load_matrices<Across>(first, left);
+      load_matrices<false>(first, left);
       load_matrices<true>(both, lane < 16 ? right : right - 16 * static_cast<uint32_t>(sizeof(Line)));  // there is half of it
       multiply_add(even, first, both[0], both[1]);
     }
     for (int i = 0; i < 4; ++i) even[i] += odd[i];
     f(sum_row(lane, 0), sum_column(lane, 0), even);
   }
+
+  // f(c, m, sums) for the quads of sum over k < inner of W[k][c] v[k][m], c in `blocks` blocks of 16
+  template <class F>
+  __device__ __forceinline__ void multiply_across(const Bf16* weight, int pitch, const Bf16* lines, int inner, int blocks, const F& f) const {
+    int first = 0;
+    for (; first + kAbreast <= blocks; first += kAbreast) across<kAbreast>(weight, pitch, lines, inner, first, f);
+    for (; first < blocks; ++first) across<1>(weight, pitch, lines, inner, first, f);
+  }
+  template <int N, class F>
+  __device__ __forceinline__ void across(const Bf16* weight, int pitch, const Bf16* lines, int inner, int first, const F& f) const {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const MatrixRow row = left_row(lane, true);
+    uint32_t left = shared_address(weight + row.row * pitch + row.column + first * kUnit);
+    uint32_t right = shared_address(lines + right_line(lane) % 16 * kTile);
+    Four sums[N] = {};
+#pragma unroll 4
+    for (int k = 0; k < inner; k += 16) {
+      uint32_t line[2], block[N][4];
+      load_lines(line, right);
+#pragma unroll
+      for (int n = 0; n < N; ++n) load_matrices<true>(block[n], left + n * static_cast<uint32_t>(kUnit * sizeof(Bf16)));
+#pragma unroll
+      for (int n = 0; n < N; ++n) multiply_add(sums[n], block[n], line[0], line[1]);
+      left += 16 * pitch * static_cast<uint32_t>(sizeof(Bf16)), right += 16 * sizeof(Line);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n) f((first + n) * kUnit + sum_row(lane, 0), sum_column(lane, 0), sums[n]);
+  }
 };
 
+template <bool Bare>
 __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_constant__ ClusterRun run) {
   extern __shared__ __align__(kAlign) char memory[];
   const Cta cta{static_cast<int>(cooperative_groups::this_cluster().block_rank()), memory};
-  ClusterBody<Cta>(cta, run, blockIdx.x / kCluster).solve();
+  ClusterBody<Cta, Bare>(cta, run, blockIdx.x / kCluster).solve();
 }
 
 #else  // this chip has no clusters; the launcher says so
 
+template <bool Bare>
 __global__ void cluster_kernel(const __grid_constant__ ClusterRun) {}
 
 #endif
@@ -153,7 +211,8 @@ const char* infer_cluster(const ClusterRun& run, void* stream) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   if (major < 9) return "the cluster-resident kernel needs thread block clusters, which a GPU has from compute capability 9.0 on";
-  error = cudaFuncSetAttribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(run.plan.bytes));
+  const auto kernel = is_bare(run) ? cluster_kernel<true> : cluster_kernel<false>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(run.plan.bytes));
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -162,7 +221,7 @@ const char* infer_cluster(const ClusterRun& run, void* stream) {
   launch.gridDim = dim3(static_cast<unsigned>(blocks)), launch.blockDim = dim3(kThreads);
   launch.dynamicSmemBytes = run.plan.bytes, launch.stream = static_cast<cudaStream_t>(stream);
   launch.attrs = &cluster, launch.numAttrs = 1;
-  return said_of(cudaLaunchKernelEx(&launch, cluster_kernel, run));
+  return said_of(cudaLaunchKernelEx(&launch, kernel, run));
 }
 
 }  // namespace pc

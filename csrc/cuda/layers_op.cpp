@@ -26,16 +26,19 @@ Products products_of(const std::string& precision) {
 }
 
 // the nodes of the call, with what they pass on; the widths of that
-std::vector<int64_t> add_nodes(ChainCall& call, Tensors weights, Tensors fed, const Optionals& noise, LayersRun& run) {
+std::vector<int64_t> add_nodes(ChainCall& call, Tensors weights, Tensors first_a, Tensors fed, const Optionals& noise, LayersRun& run) {
   const size_t count = call.nodes.size();
   TORCH_CHECK_VALUE(count <= kMaxLayers, "weights: wanted at most ", kMaxLayers, " layers, got ", count);
+  check_count("first_a", first_a.size(), count);
   check_count("fed", fed.size(), count - 1);
   check_count("noise", noise.size(), count);
   std::vector<int64_t> passes(count, 0);
   for (size_t l = 0; l < count; ++l) {
     LayersNode& node = run.nodes[l];
-    static_cast<ClusterNode&>(node) = call.nodes[l];
+    static_cast<ChainNode&>(node) = call.nodes[l];
     node.fed = node.noise = nullptr;
+    node.first_a = floats(call, "first_a", first_a[l], {call.batch, call.widths[l]});
+    TORCH_CHECK_VALUE(node.start != nullptr || node.index != nullptr, "starts: wanted a tensor for node ", l + 1, ", got None");
     if (l + 1 == count) continue;
     TORCH_CHECK_VALUE(fed[l].dim() == 2, "fed: wanted (batch, width), got ", fed[l].sizes());
     passes[l] = fed[l].size(1);
@@ -50,15 +53,16 @@ std::vector<int64_t> add_nodes(ChainCall& call, Tensors weights, Tensors fed, co
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer_layers_op(
     Tensors weights, const Optionals& biases, const Names& activations, const Names& energies, const Names& feeds,
-    const Names& rules, const c10::List<double>& lrs, const Optionals& log_vars, Tensors starts, Tensors first_a, Tensors fed,
+    const Names& rules, const c10::List<double>& lrs, const Optionals& log_vars, const Optionals& starts, Tensors first_a, Tensors fed,
     const Optionals& masks, const Optionals& holds, const Optionals& noise, const Flags& clamped, at::IntArrayRef moves_from,
     int64_t steps, double momentum, std::string precision, bool trace) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_VALUE(steps >= 0, "steps: wanted a whole number >= 0, got ", steps);
   const auto run = std::make_unique<LayersRun>();
-  ChainCall call = describe_call({weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, first_a, masks,
-                                  holds, clamped, moves_from});
-  const std::vector<int64_t> passes = add_nodes(call, weights, fed, noise, *run);
+  TORCH_CHECK_VALUE(first_a.size() > 0 && first_a[0].dim() == 2, "first_a: wanted tensors (batch, width)");
+  ChainCall call = describe_call({weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, masks, holds, clamped,
+                                  moves_from}, first_a[0].size(0));
+  const std::vector<int64_t> passes = add_nodes(call, weights, first_a, fed, noise, *run);
   run->count = static_cast<int64_t>(call.nodes.size()), run->batch = call.batch, run->steps = steps;
   run->products = products_of(precision), run->momentum = static_cast<float>(momentum), run->momentum_on = momentum != 0;
   const std::string why = plan_layers(call.widths.data(), passes.data(), *run);
@@ -80,7 +84,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer_layer
 TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
   m.def(
       "infer_layers(Tensor[] weights, Tensor?[] biases, str[] activations, str[] energies, str[] feeds, str[] rules, "
-      "float[] lrs, Tensor?[] log_vars, Tensor[] starts, Tensor[] first_a, Tensor[] fed, Tensor?[] masks, Tensor?[] holds, "
+      "float[] lrs, Tensor?[] log_vars, Tensor?[] starts, Tensor[] first_a, Tensor[] fed, Tensor?[] masks, Tensor?[] holds, "
       "Tensor?[] noise, bool[] clamped, int[] moves_from, int steps, float momentum, str precision, bool trace) "
       "-> (Tensor[], Tensor[], Tensor, Tensor)");
 }

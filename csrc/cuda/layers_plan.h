@@ -25,7 +25,8 @@ constexpr int64_t kWorkAlign = 256;
 
 enum class Products : int { fp32, tf32, bf16, bf16_delta };
 
-struct LayersNode : ClusterNode {
+struct LayersNode : ChainNode {
+  const float* first_a;  // (batch, width): pre-activations at t = 0: exact for bf16_delta, of rounded operands for tf32 and bf16
   const float* noise;  // (batch, width / 2) of a node that feeds on its sample
   const float* fed;    // (batch, passes): what it passes on at t = 0; null: nobody is above
 };

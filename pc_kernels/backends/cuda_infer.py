@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`infer` in CUDA C++: the start in plain torch, then all moves by one of two schedules.
+"""`infer` in CUDA C++ by one of two schedules.
 
-LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions. CLUSTER: one
-launch for all moves, the weights of the loop in a cluster's shared memory, from sm_90 on, for what fits there.
+LAYERS: the start in plain torch, then two launches of tiles a move over all layers, from sm_80 on: any widths, families
+and precisions. CLUSTER: one launch for the start and all moves, the weights of the loop in a cluster's shared memory,
+from sm_90 on, for what fits there.
 """
 
 from __future__ import annotations
@@ -131,18 +132,18 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     if why is not None:
         raise BackendUnavailable(f"backend 'cuda' cannot run infer: {why}. Use use_backend('auto') to let one that can")
     schedule, _ = choose(args)
-    with _exact_products():
-        start = Chain(args)
     first, products = first_moves(args)
     rates = [args.lr * scale for scale in args.lr_scales]
     chain = (args.weights, args.biases, args.activations, args.energies, args.feeds, args.rules, rates, args.log_vars)
     if schedule == CLUSTER:
         phis, deltas, diverged = _ops().infer_cluster(
-            *chain, start.phi, start.a, args.masks, args.holds, args.clamped, first, args.steps, args.momentum,
+            *chain, args.x, args.phis, args.masks, args.holds, args.clamped, first, args.steps, args.momentum,
             args.precision == "bf16_delta",
         )  # fmt: skip
         trace = args.x.new_empty(0, len(phis))
     else:
+        with _exact_products():
+            start = Chain(args)
         phis, deltas, energies, diverged = _ops().infer_layers(
             *chain, start.phi, start.a, start.v[:-1], args.masks, args.holds, args.noise, args.clamped, first,
             args.steps, args.momentum, args.precision, args.trace,

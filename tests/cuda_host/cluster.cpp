@@ -45,9 +45,14 @@ struct Cta {
   void warps(int count, const F& f) const {
     for (int i = 0; i < count; ++i) f(i);
   }
-  template <class F>
+  template <int Unroll = 1, class F>
   void lanes(int count, const F& f) const {
     for (int i = 0; i < count; ++i) f(i);
+  }
+  void sync_warp() const {}
+  template <int N, class F>
+  void totals(float (&x)[N], const F& f) const {
+    for (int i = 0; i < N; ++i) f(i, x[i]);
   }
   template <class F>
   void quads(const F& f) const {
@@ -55,21 +60,28 @@ struct Cta {
       for (int m = 0; m < pc::kTile; m += 2) f(c, m);
     }
   }
-  template <bool Across, class F>
+  template <class F>
   void multiply(const pc::Bf16* weight, int pitch, const pc::Bf16* lines, int inner, const F& f) const {
+    product(weight, pitch, 1, lines, inner, 0, f);
+  }
+  template <class F>
+  void multiply_across(const pc::Bf16* weight, int pitch, const pc::Bf16* lines, int inner, int blocks, const F& f) const {
+    for (int block = 0; block < blocks; ++block) product(weight, 1, pitch, lines, inner, block * pc::kUnit, f);
+  }
+  template <class F>
+  void product(const pc::Bf16* weight, int to_row, int to_inner, const pc::Bf16* lines, int inner, int first, const F& f) const {
     quads([&](int c, int m) {
       pc::Four sums = {0, 0, 0, 0};
       for (int i = 0; i < 4; ++i) {
-        const int row = c + i / 2 * 8;
-        for (int k = 0; k < inner; ++k) {
-          sums[i] += pc::widen(Across ? weight[k * pitch + row] : weight[row * pitch + k]) * pc::widen(lines[k * pc::kTile + m + i % 2]);
-        }
+        const pc::Bf16* row = weight + (first + c + i / 2 * 8) * to_row;
+        for (int k = 0; k < inner; ++k) sums[i] += pc::widen(row[k * to_inner]) * pc::widen(lines[k * pc::kTile + m + i % 2]);
       }
-      f(c, m, sums);
+      f(first + c, m, sums);
     });
   }
 };
 
+template <bool Bare>
 void run_tile(const pc::ClusterRun& run, int64_t tile) {
   std::vector<std::vector<float>> memory(pc::kCluster);  // fresh memory is NaN
   for (auto& one : memory) one.assign(run.plan.bytes / 4, NAN);
@@ -79,7 +91,7 @@ void run_tile(const pc::ClusterRun& run, int64_t tile) {
   for (int c = 0; c < pc::kCluster; ++c) {
     threads.emplace_back([&, c] {
       const Cta cta{c, &memory, &barrier};
-      pc::ClusterBody<Cta>(cta, run, tile).solve();
+      pc::ClusterBody<Cta, Bare>(cta, run, tile).solve();
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -88,18 +100,21 @@ void run_tile(const pc::ClusterRun& run, int64_t tile) {
 
 }  // namespace
 
-extern "C" int64_t size_of_cluster_node() { return sizeof(pc::ClusterNode); }
+extern "C" int64_t size_of_chain_node() { return sizeof(pc::ChainNode); }
 
-// 0 and the results in the nodes' phi and delta; or 1 and, in `why`, the reason. found: rounds and parts of the plan, and the
-// lowest node that is not finite
-extern "C" int run_cluster(const pc::ClusterNode* nodes, const int64_t* widths, int64_t count, int64_t batch, int64_t steps,
-                           double momentum, bool differences, int64_t* found, char* why, int64_t room) {
+// 0 and the results in the nodes' phi and delta; or 1 and, in `why`, the reason. general: without the shorter code of a bare run.
+// found: rounds and parts of the plan, the lowest node that is not finite, whether the code was a bare run's
+extern "C" int run_cluster(const pc::ChainNode* nodes, const int64_t* widths, int64_t count, const float* x, int64_t inputs,
+                           int64_t batch, int64_t steps, double momentum, bool differences, bool general, int64_t* found, char* why,
+                           int64_t room) {
   const auto run = std::make_unique<pc::ClusterRun>();
   const std::string said = pc::describe_cluster(nodes, widths, count, batch, steps, momentum, differences, *run);
   std::strncpy(why, said.c_str(), room - 1);
   if (!said.empty()) return 1;
-  found[0] = run->plan.rounds, found[1] = run->plan.parts, found[2] = 0;
-  run->diverged = found + 2;
-  for (int64_t tile = 0; tile * pc::kTile < batch; ++tile) run_tile(*run, tile);
+  const bool bare = pc::is_bare(*run) && !general;
+  found[0] = run->plan.rounds, found[1] = run->plan.parts, found[2] = 0, found[3] = bare;
+  std::vector<float> first_a(batch * widths[0], NAN);
+  run->x = x, run->inputs = static_cast<int>(inputs), run->first_a = first_a.data(), run->diverged = found + 2;
+  for (int64_t tile = 0; tile * pc::kTile < batch; ++tile) bare ? run_tile<true>(*run, tile) : run_tile<false>(*run, tile);
   return 0;
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cuda_host import library, pointer
-from cuda_host.clusters import ClusterNode, Emulated
+from cuda_host.clusters import ChainNode, Emulated
 from pc_kernels import pc_math
 from pc_kernels.backends.cuda_infer import NEVER
 
@@ -19,10 +19,10 @@ MAX_LAYERS = 16
 REVERSE: ContextVar[bool] = ContextVar("reverse", default=False)  # a launch's blocks in reverse order
 
 
-class LayersNode(ClusterNode):
+class LayersNode(ChainNode):
     """csrc/cuda/layers_plan.h's."""
 
-    _fields_ = (("noise", ctypes.c_void_p), ("fed", ctypes.c_void_p))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("first_a", "noise", "fed"))
 
 
 class NodePlan(ctypes.Structure):

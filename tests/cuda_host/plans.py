@@ -28,7 +28,7 @@ class LayerPlan(ctypes.Structure):
 
 class ClusterPlan(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("count", "rounds", "parts", "bytes", "lists")),
+        *((name, ctypes.c_int) for name in ("count", "rounds", "parts", "bytes", "lists", "forward")),
         ("momentum", ctypes.c_bool),
         ("layers", LayerPlan * MAX_LAYERS),
     )
