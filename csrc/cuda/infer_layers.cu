@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Schedule (a) on the GPU: two launches of tiles a move, rows where they are needed. What a block does: layers_body.h, which the
-// CPU tests run; here is what a block is made of: 4 warps, a tile of 32 x 64, products on tensor cores (WMMA, which hides how
-// lanes share a tile) or, in float32, by FMA; operands come by cp.async, two stages.
+// CPU tests run; here is what a block is made of: 4 warps, a tile of 32 x 32, products on tensor cores (WMMA, which hides how
+// lanes share a tile) or, in float32, by FMA; operands come by cp.async, four stages: a launch waits for memory, not for arithmetic.
 #include <mma.h>
 
 #include "common.cuh"
@@ -13,16 +13,17 @@
 namespace pc {
 namespace {
 
-constexpr int kTileThreads = 128, kPad = 16;  // bytes between rows in shared memory, so that they start in different banks
+constexpr int kTileThreads = 128, kStages = 4, kPad = 16;  // bytes between rows in shared memory, so that they start in different banks
 constexpr int kSumPitch = kColumnsOfTile + 4;
 
 template <class T>
 struct Stages {
-  static constexpr int kLeft = kInnerOfTile + kPad / static_cast<int>(sizeof(T));    // pitch of rows of 32
-  static constexpr int kAcross = kColumnsOfTile + kPad / static_cast<int>(sizeof(T));  // and of 64
-  static constexpr int kRight = kColumnsOfTile * kLeft > kInnerOfTile * kAcross ? kColumnsOfTile * kLeft : kInnerOfTile * kAcross;
-  T left[2][kRowsOfTile * kLeft];
-  T right[2][kRight];
+  static constexpr int kInner = 128 / static_cast<int>(sizeof(T));  // of the products in a stage; divides kPadding
+  static constexpr int kLeft = kInner + kPad / static_cast<int>(sizeof(T));            // pitch of rows of kInner
+  static constexpr int kAcross = kColumnsOfTile + kPad / static_cast<int>(sizeof(T));  // and of kColumnsOfTile
+  static constexpr int kRight = kColumnsOfTile * kLeft > kInner * kAcross ? kColumnsOfTile * kLeft : kInner * kAcross;
+  T left[kStages][kRowsOfTile * kLeft];
+  T right[kStages][kRight];
 };
 
 template <class T>
@@ -51,30 +52,32 @@ template <class T>
 struct Block {
   Shared<T>& shared;
 
-  // sums = left (32 x inner) times right: (64 x inner) transposed, or (Across) (inner x 64); inner is a multiple of 32
+  // sums = left (32 x inner) times right: (32 x inner) transposed, or (Across) (inner x 32); inner is a multiple of kPadding
   template <bool Across>
   __device__ __forceinline__ void multiply(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner,
                                            Products products) const {
-    const int count = static_cast<int>(inner / kInnerOfTile);
+    constexpr int kInner = Stages<T>::kInner;
+    const int count = static_cast<int>(inner / kInner);
     const auto fetch = [&](int k) {
       Stages<T>& s = shared.stages;
-      copy_tile(s.left[k % 2], Stages<T>::kLeft, left + k * kInnerOfTile, left_pitch, kRowsOfTile, kInnerOfTile);
-      if constexpr (Across) {
-        copy_tile(s.right[k % 2], Stages<T>::kAcross, right + k * kInnerOfTile * right_pitch, right_pitch, kInnerOfTile, kColumnsOfTile);
-      } else {
-        copy_tile(s.right[k % 2], Stages<T>::kLeft, right + k * kInnerOfTile, right_pitch, kColumnsOfTile, kInnerOfTile);
+      const int stage = k % kStages;
+      if (k < count) {
+        copy_tile(s.left[stage], Stages<T>::kLeft, left + k * kInner, left_pitch, kRowsOfTile, kInner);
+        if constexpr (Across) {
+          copy_tile(s.right[stage], Stages<T>::kAcross, right + k * kInner * right_pitch, right_pitch, kInner, kColumnsOfTile);
+        } else {
+          copy_tile(s.right[stage], Stages<T>::kLeft, right + k * kInner, right_pitch, kColumnsOfTile, kInner);
+        }
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
     const auto all = [&](auto& accumulator) {
-      fetch(0);
+      for (int k = 0; k + 1 < kStages; ++k) fetch(k);
       for (int k = 0; k < count; ++k) {
-        if (k + 1 < count) fetch(k + 1);
-        if (k + 1 < count) asm volatile("cp.async.wait_group 1;" ::: "memory");
-        else asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();
-        accumulator.template add<Across>(shared.stages, k % 2);
-        __syncthreads();
+        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+        __syncthreads();  // stage k has come, and what the next fetch overwrites has been used by all
+        fetch(k + kStages - 1);
+        accumulator.template add<Across>(shared.stages, k % kStages);
       }
       accumulator.store(shared.sums);
     };
@@ -102,37 +105,32 @@ struct Block {
     }
   }
 
-  // a warp's two 16 x 16 parts of the tile
+  // a warp's 16 x 16 part of the tile
   template <int K, class Element, class Load>
-  struct Parts {
-    nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, K, float> sums[2];
+  struct Part {
+    nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, K, float> sums;
 
-    __device__ __forceinline__ Parts() {
-      for (auto& part : sums) nvcuda::wmma::fill_fragment(part, 0.0f);
-    }
+    __device__ __forceinline__ Part() { nvcuda::wmma::fill_fragment(sums, 0.0f); }
     static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / kWarp / 2 * 16; }
-    static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) / kWarp % 2 * 32; }
+    static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) / kWarp % 2 * 16; }
     template <bool Across>
     __device__ __forceinline__ void add(const Stages<T>& s, int stage) {
       using namespace nvcuda::wmma;
       using Order = std::conditional_t<Across, row_major, col_major>;
-      for (int k = 0; k < kInnerOfTile; k += K) {
+      constexpr int kPitch = Across ? Stages<T>::kAcross : Stages<T>::kLeft;
+#pragma unroll
+      for (int k = 0; k < Stages<T>::kInner; k += K) {
         fragment<matrix_a, 16, 16, K, Element, row_major> left;
         load_matrix_sync(left, Load::cast(s.left[stage] + row() * Stages<T>::kLeft + k), Stages<T>::kLeft);
         Load::round(left);
-        for (int i = 0; i < 2; ++i) {
-          fragment<matrix_b, 16, 16, K, Element, Order> right;
-          const int n = column() + 16 * i, pitch = Across ? Stages<T>::kAcross : Stages<T>::kLeft;
-          load_matrix_sync(right, Load::cast(s.right[stage] + (Across ? k * pitch + n : n * pitch + k)), pitch);
-          Load::round(right);
-          mma_sync(sums[i], left, right, sums[i]);
-        }
+        fragment<matrix_b, 16, 16, K, Element, Order> right;
+        load_matrix_sync(right, Load::cast(s.right[stage] + (Across ? k * kPitch + column() : column() * kPitch + k)), kPitch);
+        Load::round(right);
+        mma_sync(sums, left, right, sums);
       }
     }
     __device__ __forceinline__ void store(float* to) const {
-      for (int i = 0; i < 2; ++i) {
-        nvcuda::wmma::store_matrix_sync(to + row() * kSumPitch + column() + 16 * i, sums[i], kSumPitch, nvcuda::wmma::mem_row_major);
-      }
+      nvcuda::wmma::store_matrix_sync(to + row() * kSumPitch + column(), sums, kSumPitch, nvcuda::wmma::mem_row_major);
     }
   };
   struct AsBfloat16 {
@@ -147,31 +145,31 @@ struct Block {
       for (int i = 0; i < of.num_elements; ++i) of.x[i] = nvcuda::wmma::__float_to_tf32(of.x[i]);
     }
   };
-  using Halves = Parts<16, __nv_bfloat16, AsBfloat16>;
-  using Tensor32 = Parts<8, nvcuda::wmma::precision::tf32, AsTensor32>;
+  using Halves = Part<16, __nv_bfloat16, AsBfloat16>;
+  using Tensor32 = Part<8, nvcuda::wmma::precision::tf32, AsTensor32>;
 
-  struct Exact {  // a thread's 4 x 4 part, in float32 throughout
-    float sums[4][4] = {};
+  struct Exact {  // a thread's 4 x 2 part, in float32 throughout
+    float sums[4][2] = {};
 
     static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
     static __device__ __forceinline__ int column(int i) { return static_cast<int>(threadIdx.x) % 16 + 16 * i; }
     template <bool Across>
     __device__ __forceinline__ void add(const Stages<T>& s, int stage) {
 #pragma unroll 8
-      for (int k = 0; k < kInnerOfTile; ++k) {
-        float left[4], right[4];
+      for (int k = 0; k < Stages<T>::kInner; ++k) {
+        float left[4], right[2];
         for (int i = 0; i < 4; ++i) left[i] = widen(s.left[stage][(row() + i) * Stages<T>::kLeft + k]);
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 2; ++i) {
           right[i] = widen(s.right[stage][Across ? k * Stages<T>::kAcross + column(i) : column(i) * Stages<T>::kLeft + k]);
         }
         for (int i = 0; i < 4; ++i) {
-          for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
+          for (int j = 0; j < 2; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
         }
       }
     }
     __device__ __forceinline__ void store(float* to) const {
       for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j) to[(row() + i) * kSumPitch + column(j)] = sums[i][j];
+        for (int j = 0; j < 2; ++j) to[(row() + i) * kSumPitch + column(j)] = sums[i][j];
       }
     }
   };

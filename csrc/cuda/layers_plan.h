@@ -8,7 +8,7 @@
 // A tile of one launch reads what the other wrote, and of its own nothing that another tile writes. Nodes that need whole rows
 // (softmax, categorical, gaussian_full) leave their product in memory, and a launch of rows follows.
 //
-// Arrays are (batch, width) with leading dimensions padded to tiles; padding is zero and stays so. Offsets are in bytes.
+// Arrays are (batch, width) with padded leading dimensions; padding is zero and stays so. Offsets are in bytes.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,8 @@
 
 namespace pc {
 
-constexpr int kRowsOfTile = 32, kColumnsOfTile = 64, kInnerOfTile = 32;
+constexpr int kRowsOfTile = 32, kColumnsOfTile = 32;
+constexpr int kPadding = 64;  // leading dimensions are multiples of it: of a tile's columns and of what a product takes at a time
 constexpr int kRowsOfBlock = 8;  // a warp a row
 constexpr int64_t kWorkAlign = 256;
 
@@ -116,7 +117,7 @@ inline std::string plan_layers(const int64_t* widths, const int64_t* passes, Lay
     const std::string why = layers_refusal(d, last);
     if (!why.empty()) return "node " + std::to_string(l + 1) + ": " + why;
     p.width = widths[l], p.passes = last ? 0 : passes[l];
-    p.ld = up_to(p.width, kColumnsOfTile), p.passes_ld = up_to(p.passes, kColumnsOfTile);
+    p.ld = up_to(p.width, kPadding), p.passes_ld = up_to(p.passes, kPadding);
     p.rows_predict = pair || d.energy == Energy::categorical || is_softmax(d.activation);
     p.rows_update = moves && (pair || (!last && (is_softmax(d.feed) || is_sample(d.feed))) || (d.energy == Energy::categorical && !d.natural));
     p.phi = place(end, true, 4 * rows * p.ld), p.a = place(end, true, 4 * rows * p.ld), p.mu = place(end, true, 4 * rows * p.ld);

@@ -105,7 +105,7 @@ def explained(*arguments: Any) -> str:
     schedule, why = choose(args)
     if schedule == CLUSTER:
         return f"cuda: {schedule} kernel, 8 samples a cluster, one launch for all steps ({why})"
-    return f"cuda: {schedule}, tiles of 32 samples x 64 entries ({why}); not yet run on hardware"
+    return f"cuda: {schedule}, tiles of 32 samples x 32 entries ({why})"
 
 
 def first_moves(args: Arguments) -> tuple[list[int], int]:
