@@ -56,7 +56,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
   // jobs of a layer in a round of move t
   PC_HD int sends(int64_t t, int round, int l) const {
     if (!in(l, round) || !refreshes(l, t)) return 0;
-    return plan(l).narrow ? blocks(l) : sent_by_moves(l) ? 0 : kCluster / kPeers;
+    return plan(l).narrow ? blocks(l) * kCluster : sent_by_moves(l) ? 0 : kCluster / kPeers;
   }
   PC_HD int predicts(int64_t t, int round, int l) const { return in(l, round) && refreshes(l, t) ? blocks(l) : 0; }
   PC_HD int corrects(int64_t t, int round, int l) const { return in(l, round) && plain(l) && !refreshes(l, t) ? blocks(l) : 0; }
@@ -126,15 +126,14 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     });
   }
 
-  // of a narrow layer: this CTA's share of a block of W dv, to all
-  PC_HD void send_share(int l, int block) const {
+  // of a narrow layer: this CTA's share of a block of W dv, to one CTA. The product is short: each sender makes it
+  PC_HD void send_share(int l, int job) const {
     const LayerPlan& p = plan(l);
+    const int block = job / kCluster, to = (exec_.cta + job) % kCluster;
+    float* shares = there<float>(to, p.shares) + exec_.cta * p.padded * kTile;
     const Bf16* weight = here<Bf16>(p.weight) + block * kUnit * p.pitch;
     exec_.multiply(weight, p.pitch, here<Bf16>(plan(l - 1).moved), held_columns(l - 1), [&](int c, int m, const Four& x) {
-      for (int i = 0; i < kCluster; ++i) {
-        const int to = (exec_.cta + i) % kCluster;
-        put(there<float>(to, p.shares) + exec_.cta * p.padded * kTile, block * kUnit + c, m, x);
-      }
+      put(shares, block * kUnit + c, m, x);
     });
   }
 

@@ -15,6 +15,14 @@ struct alignas(16) Sixteen {
 };
 using Eight = float[kTile];
 
+PC_HD float read_only(const float* from) {  // nobody writes there while the kernel runs, so that it may be read ahead of stores
+#if defined(__CUDA_ARCH__)
+  return __ldg(from);
+#else
+  return *from;
+#endif
+}
+
 template <class Exec, bool Bare>
 class ClusterStart : protected ClusterRows<Exec, Bare> {
  protected:
@@ -40,7 +48,7 @@ class ClusterStart : protected ClusterRows<Exec, Bare> {
   PC_HD void forward(int l) const {
     if (l == 0) {
       pre_activations(0, run_.inputs, [&](int k, Eight& v) {
-        PC_UNROLL for (int m = 0; m < kTile; ++m) v[m] = operand(run_.x[sample(m) * run_.inputs + k]);
+        PC_UNROLL for (int m = 0; m < kTile; ++m) v[m] = operand(read_only(run_.x + sample(m) * run_.inputs + k));
       });
     } else {
       const Sixteen* lines = here<Sixteen>(plan_.forward);
@@ -82,14 +90,15 @@ class ClusterStart : protected ClusterRows<Exec, Bare> {
         row[r] = group * kTogether + r < rows ? group * kTogether + r : rows - 1;
         weight[r] = node(l).weight + int64_t{from(l) + row[r]} * inputs;
       }
-      exec_.template lanes<1>(inputs, [&](int k) {
+      exec_.template lanes<Bare ? 2 : 1>(inputs, [&](int k) {
         Eight factor;
+        float w[kTogether];  // all are on their way before the first is needed
+        PC_UNROLL for (int r = 0; r < kTogether; ++r) w[r] = read_only(weight[r] + k);
         v(k, factor);
         PC_UNROLL for (int r = 0; r < kTogether; ++r) {
-          const float w = weight[r][k];
-          if (l > 0) keep_weight(l, row[r], k, w);
-          PC_UNROLL for (int m = 0; m < kTile; ++m) sums[r * kTile + m] += operand(w) * factor[m];
+          PC_UNROLL for (int m = 0; m < kTile; ++m) sums[r * kTile + m] += operand(w[r]) * factor[m];
         }
+        PC_UNROLL for (int r = 0; l > 0 && r < kTogether; ++r) keep_weight(l, row[r], k, w[r]);
       });
       exec_.template totals<kTogether * kTile>(sums, [&](int i, float total) {
         if (group * kTogether + i / kTile < rows) predicted(l, i % kTile, group * kTogether + i / kTile, total);

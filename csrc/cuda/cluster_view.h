@@ -110,15 +110,11 @@ class ClusterView {
   // f(l, job) by a whole warp, for the count(l) jobs of each layer from 1 on. listed: they are those of the list. No barrier
   template <class Count, class F>
   PC_HD void jobs(Work work, bool listed, const Count& count, const F& f) const {
-    if (listed) {
-      const JobList& list = here<JobList>(plan_.lists)[work];
-      exec_.warps(list.count, [&](int i) {
-        const Job job = list.jobs[i];
-        f(job.layer, job.number);
-      });
-    } else {
-      exec_.warps(total(count), [&](int i) { find(count, i, f); });
-    }
+    const JobList& list = here<JobList>(plan_.lists)[work];
+    exec_.warps(listed ? list.count : total(count), [&](int i) {
+      const Job job = listed ? list.jobs[i] : find(count, i);
+      f(job.layer, job.number);
+    });
   }
   template <class Count>
   PC_HD int total(const Count& count) const {
@@ -126,11 +122,11 @@ class ClusterView {
     for (int l = 1; l < plan_.count; ++l) jobs += count(l);
     return jobs;
   }
-  template <class Count, class F>
-  PC_HD void find(const Count& count, int job, const F& f) const {
+  template <class Count>
+  PC_HD Job find(const Count& count, int job) const {
     int l = 1;
     for (int some = count(l); job >= some; some = count(l)) job -= some, ++l;
-    f(l, job);
+    return {static_cast<short>(l), static_cast<short>(job)};
   }
   template <class Count>
   PC_HD bool list(Work work, const Count& count) const {  // whether there is room for them
@@ -142,7 +138,7 @@ class ClusterView {
         list.count = jobs;
         return;
       }
-      find(count, i, [&](int l, int job) { list.jobs[i] = {static_cast<short>(l), static_cast<short>(job)}; });
+      list.jobs[i] = find(count, i);
     });
     return true;
   }

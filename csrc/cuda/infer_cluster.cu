@@ -72,10 +72,7 @@ struct Cta {
     return of == cta ? memory : cooperative_groups::this_cluster().map_shared_rank(memory, of);
   }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
-  __device__ __forceinline__ void sync_cluster() const {  // by all threads together, which the library's does not take for granted
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  }
+  __device__ __forceinline__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
 
   __device__ __forceinline__ void lower(int64_t* number, int64_t to) const { pc::lower(number, to); }
 
