@@ -256,10 +256,13 @@ NODES = st.tuples(
 
 @settings(max_examples=1000, deadline=None)
 @given(
-    chain=st.lists(NODES, min_size=1, max_size=8), batch=st.integers(1, 200), momentum=st.booleans(),
+    chain=st.lists(NODES, min_size=1, max_size=8), inputs_of_x=st.integers(1, 200), batch=st.integers(1, 200),
+    momentum=st.booleans(),
     precision=st.sampled_from(host.PRECISIONS),
 )  # fmt: skip
-def test_any_network_has_a_plan(chain: list, batch: int, momentum: bool, precision: str) -> None:
+def test_any_network_has_a_plan(
+    chain: list, inputs_of_x: int, batch: int, momentum: bool, precision: str
+) -> None:
     """Arrays large enough for whole tiles, aligned, none over another."""
     nodes = [
         host.node(activation=act, energy=energy, feed="identity" if l + 1 == len(chain) else feed, clamped=False)
@@ -267,11 +270,14 @@ def test_any_network_has_a_plan(chain: list, batch: int, momentum: bool, precisi
     ]
     widths = [2 * width if kind[1] == "gaussian_full" else width for kind, width in chain]
     passes = [width for _, width in chain]
-    run, why = host.plan(nodes, widths, passes, batch, 0.5 if momentum else 0.0, precision)
+    run, why = host.plan(nodes, inputs_of_x, widths, batch, 0.5 if momentum else 0.0, precision)
     assert why == ""
-    rows, size, regions = -(-batch // 32) * 32, 2 if "bf16" in precision else 4, []
+    rows, size = -(-batch // 32) * 32, 2 if "bf16" in precision else 4
+    regions = [(run.inputs, run.inputs + 4 * rows * run.plan[0].inputs_ld)]
     for l, (width, passed) in enumerate(zip(widths, passes, strict=True)):
-        p, below = run.plan[l], run.plan[l - 1].passes_ld if l else 0
+        p, below = run.plan[l], run.plan[l - 1].passes_ld if l else -(-inputs_of_x // 64) * 64
+        assert p.inputs_ld == below
+        assert (p.passes, p.inputs) == (0 if l + 1 == len(chain) else passed, passes[l - 1] if l else inputs_of_x)
         assert p.ld % 64 == p.passes_ld % 64 == 0
         assert p.ld >= width
         assert l + 1 == len(chain) or p.passes_ld >= passed
@@ -279,6 +285,10 @@ def test_any_network_has_a_plan(chain: list, batch: int, momentum: bool, precisi
         wide, fed = 4 * rows * p.ld, rows * p.passes_ld
         sizes = [(p.phi, wide), (p.a, wide), (p.mu, wide), (p.velocity, wide), (p.grad, wide), (p.back, 4 * fed)]
         sizes += [(p.fed, 4 * fed), (p.v, size * fed), (p.delta, size * rows * p.ld), (p.weight, size * p.ld * below)]
+        if p.exact != p.weight:
+            sizes.append((p.exact, 4 * p.ld * below))
+        else:
+            assert size == 4
         regions += [(start, start + count) for start, count in sizes if start >= 0]
     regions.sort()
     assert all(start % 256 == 0 for start, _ in regions)

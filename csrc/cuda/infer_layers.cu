@@ -56,6 +56,19 @@ struct Block {
   template <bool Across>
   __device__ __forceinline__ void multiply(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner,
                                            Products products) const {
+    if constexpr (sizeof(T) == 2) multiply_by<Halves, Across>(left, left_pitch, right, right_pitch, inner);
+    else if (products == Products::tf32) multiply_by<Tensor32, Across>(left, left_pitch, right, right_pitch, inner);
+    else multiply_by<Exact<Products::fp32>, Across>(left, left_pitch, right, right_pitch, inner);
+  }
+  // the same (not across) in float32, of operands rounded as the precision has it in the forward pass
+  __device__ __forceinline__ void multiply_rounded(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner,
+                                                   Products products) const {
+    if (products == Products::bf16) multiply_by<Exact<Products::bf16>, false>(left, left_pitch, right, right_pitch, inner);
+    else if (products == Products::tf32) multiply_by<Exact<Products::tf32>, false>(left, left_pitch, right, right_pitch, inner);
+    else multiply_by<Exact<Products::fp32>, false>(left, left_pitch, right, right_pitch, inner);
+  }
+  template <class Accumulator, bool Across>
+  __device__ __forceinline__ void multiply_by(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner) const {
     constexpr int kInner = Stages<T>::kInner;
     const int count = static_cast<int>(inner / kInner);
     const auto fetch = [&](int k) {
@@ -71,26 +84,15 @@ struct Block {
       }
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    const auto all = [&](auto& accumulator) {
-      for (int k = 0; k + 1 < kStages; ++k) fetch(k);
-      for (int k = 0; k < count; ++k) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
-        __syncthreads();  // stage k has come, and what the next fetch overwrites has been used by all
-        fetch(k + kStages - 1);
-        accumulator.template add<Across>(shared.stages, k % kStages);
-      }
-      accumulator.store(shared.sums);
-    };
-    if constexpr (sizeof(T) == 2) {
-      Halves accumulator;
-      all(accumulator);
-    } else if (products == Products::tf32) {
-      Tensor32 accumulator;
-      all(accumulator);
-    } else {
-      Exact accumulator;
-      all(accumulator);
+    Accumulator accumulator;
+    for (int k = 0; k + 1 < kStages; ++k) fetch(k);
+    for (int k = 0; k < count; ++k) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
+      __syncthreads();  // stage k has come, and what the next fetch overwrites has been used by all
+      fetch(k + kStages - 1);
+      accumulator.template add<Across>(shared.stages, k % kStages);
     }
+    accumulator.store(shared.sums);
     __syncthreads();
   }
 
@@ -148,7 +150,8 @@ struct Block {
   using Halves = Part<16, __nv_bfloat16, AsBfloat16>;
   using Tensor32 = Part<8, nvcuda::wmma::precision::tf32, AsTensor32>;
 
-  struct Exact {  // a thread's 4 x 2 part, in float32 throughout
+  template <Products P>
+  struct Exact {  // a thread's 4 x 2 part, by FMA, of operands rounded as P says
     float sums[4][2] = {};
 
     static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / 16 * 4; }
@@ -158,9 +161,9 @@ struct Block {
 #pragma unroll 8
       for (int k = 0; k < Stages<T>::kInner; ++k) {
         float left[4], right[2];
-        for (int i = 0; i < 4; ++i) left[i] = widen(s.left[stage][(row() + i) * Stages<T>::kLeft + k]);
+        for (int i = 0; i < 4; ++i) left[i] = operand<P>(widen(s.left[stage][(row() + i) * Stages<T>::kLeft + k]));
         for (int i = 0; i < 2; ++i) {
-          right[i] = widen(s.right[stage][Across ? k * Stages<T>::kAcross + column(i) : column(i) * Stages<T>::kLeft + k]);
+          right[i] = operand<P>(widen(s.right[stage][Across ? k * Stages<T>::kAcross + column(i) : column(i) * Stages<T>::kLeft + k]));
         }
         for (int i = 0; i < 4; ++i) {
           for (int j = 0; j < 2; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
@@ -208,19 +211,30 @@ __global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) rows_kernel(const __g
   });
 }
 
-// One block a row of weights, or of samples, of a layer.
+// One block a row of weights, or of x.
 template <class T>
 __global__ void copy_in_kernel(const __grid_constant__ LayersRun run, int64_t weights) {
   const LayersBody<T> body{run, 0};
   int64_t row = blockIdx.x;
-  if (row < weights) {
-    int64_t l = 1;
-    for (; row >= run.plan[l].width; ++l) row -= run.plan[l].width;
-    for (int64_t k = threadIdx.x; k < run.plan[l - 1].passes; k += blockDim.x) body.copy_weight(l, row, k);
+  if (row >= weights) {
+    for (int64_t k = threadIdx.x; k < run.plan[0].inputs; k += blockDim.x) body.copy_x(row - weights, k);
     return;
   }
-  const int64_t l = (row - weights) / run.batch, m = (row - weights) % run.batch;
-  for (int64_t j = threadIdx.x; j < run.plan[l].width; j += blockDim.x) body.copy_in(l, m, j);
+  int64_t l = 0;
+  for (; row >= run.plan[l].width; ++l) row -= run.plan[l].width;
+  for (int64_t k = threadIdx.x; k < run.plan[l].inputs; k += blockDim.x) body.copy_weight(l, row, k);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, 4) start_kernel(const __grid_constant__ LayersRun run, int64_t l) {
+  __shared__ Shared<float> shared;
+  LayersBody<T>{run, 0}.start(Block<float>{shared}, l, blockIdx.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) start_rows_kernel(const __grid_constant__ LayersRun run, int64_t l) {
+  const int64_t m = int64_t{blockIdx.x} * kRowsOfBlock + threadIdx.x / kWarp;
+  if (m < run.batch) LayersBody<T>{run, 0}.start_row(RowTeam{static_cast<int>(threadIdx.x) % kWarp, kWarp}, l, m);
 }
 
 template <class T>
@@ -259,10 +273,19 @@ struct Launches {
   }
   const char* copy_in() const {
     int64_t weights = 0;
-    for (int64_t l = 1; l < run.count; ++l) weights += run.plan[l].width;
-    const int64_t blocks = weights + run.count * run.batch;
+    for (int64_t l = 0; l < run.count; ++l) weights += run.plan[l].width;
+    const int64_t blocks = weights + run.batch;
     if (blocks > INT32_MAX) return "the batch is too large for one launch; split it";
     copy_in_kernel<T><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(run, weights);
+    return launch_error();
+  }
+  const char* start(int64_t l) const {
+    const int64_t tiles = tiles_of(run, run.plan[l].width);
+    if (tiles > INT32_MAX) return "the batch is too large for one launch; split it";
+    start_kernel<T><<<static_cast<unsigned>(tiles), kTileThreads, 0, stream>>>(run, l);
+    const char* error = launch_error();
+    if (error != nullptr || !LayersBody<T>{run, 0}.by_rows(l)) return error;
+    start_rows_kernel<T><<<static_cast<unsigned>(rows_of(run)), kWarp * kRowsOfBlock, 0, stream>>>(run, l);
     return launch_error();
   }
   const char* copy_out() const {
@@ -277,6 +300,7 @@ struct Launches {
     NodeDesc nodes[kMaxLayers];
     nodes_of_trace(run, nodes);
     const char* error = copy_in();
+    for (int64_t l = 0; l < run.count && error == nullptr; ++l) error = start(l);
     for (int64_t t = 0; t <= run.steps && error == nullptr; ++t) {
       error = phase(Phase::predict, t);
       if (error == nullptr) error = phase(Phase::predict_rows, t);

@@ -55,23 +55,81 @@ struct LayersBody {
   }
 
   // -------------------------------------------------------------------------------------------------------------------
-  // before the first move: everything into its place; entry (m, j) of node l
+  // before the first move: x and weights into their places, then the forward pass, layer by layer
 
-  PC_HD void copy_in(int64_t l, int64_t m, int64_t j) const {
+  PC_HD void copy_x(int64_t m, int64_t k) const { array<float>(run.inputs)[m * plan(0).inputs_ld + k] = run.x[m * plan(0).inputs + k]; }
+  PC_HD void copy_weight(int64_t l, int64_t row, int64_t k) const {
+    const NodePlan& p = plan(l);
+    const float w = node(l).weight[row * p.inputs + k];
+    array<float>(p.exact)[row * p.inputs_ld + k] = w;
+    if (p.weight >= 0 && p.weight != p.exact) narrow(w, array<T>(p.weight)[row * p.inputs_ld + k]);
+  }
+  PC_HD bool by_rows(int64_t l) const { return plan(l).rows_predict || plan(l).rows_update; }
+
+  template <class Exec>
+  PC_HD void start(const Exec& exec, int64_t l, int64_t tile) const {
+    const NodePlan& p = plan(l);
+    const int64_t across = (p.width + kColumnsOfTile - 1) / kColumnsOfTile;
+    const int64_t m = tile / across * kRowsOfTile, j = tile % across * kColumnsOfTile;
+    const float* below = array<float>(l > 0 ? plan(l - 1).fed : run.inputs);
+    exec.multiply_rounded(below + m * p.inputs_ld, p.inputs_ld, array<float>(p.exact) + j * p.inputs_ld, p.inputs_ld, p.inputs_ld, run.products);
+    exec.quads([&](int row, int column, const Four& x) {
+      if (m + row < run.batch && j + column < p.width) started(l, m + row, j + column, x);
+    });
+  }
+  PC_HD void started(int64_t l, int64_t m, int64_t j, const Four& x) const {
+    const NodePlan& p = plan(l);
+    const float* bias = node(l).bias;
+    Four a, mu, phi, v;
+    for (int i = 0; i < 4; ++i) a[i] = j + i < p.width ? x[i] + (bias == nullptr ? 0.0f : bias[j + i]) : 0.0f;
+    put(array<float>(p.a) + m * p.ld + j, a);
+    if (by_rows(l)) return;
+    activate(node(l).activation, a, mu);
+    for (int i = 0; i < 4; ++i) phi[i] = j + i < p.width ? first_state(l, m, j + i, mu[i]) : 0.0f;
+    put(array<float>(p.mu) + m * p.ld + j, mu), put(array<float>(p.phi) + m * p.ld + j, phi);
+    if (p.passes == 0) return;
+    if (!passes_target(node(l))) activate(static_cast<Activation>(node(l).feed), phi, v);
+    for (int i = 0; i < 4; ++i) v[i] = j + i >= p.passes ? 0.0f : passes_target(node(l)) ? phi[i] : v[i];
+    put(array<float>(p.fed) + m * p.passes_ld + j, v);
+    if (!differences()) put(array<T>(p.v) + m * p.passes_ld + j, v);
+  }
+  PC_HD int64_t states(int64_t l) const {  // of phi: the target of a pair is one number
+    return node(l).clamped && node(l).energy == Energy::gaussian_full ? plan(l).width / 2 : plan(l).width;
+  }
+  PC_HD float first_state(int64_t l, int64_t m, int64_t j, float mu) const {
+    const LayersNode& d = node(l);
+    const float state = d.start == nullptr ? mu : d.start[m * states(l) + j], floor = floor_of(d.energy);
+    return !d.clamped && state < floor ? floor : state;
+  }
+  template <class Team>
+  PC_HD void start_row(const Team& team, int64_t l, int64_t m) const {
     const LayersNode& d = node(l);
     const NodePlan& p = plan(l);
-    const bool pair_target = d.clamped && d.energy == Energy::gaussian_full;
-    const int64_t states = pair_target ? p.width / 2 : p.width;
-    if (j < p.width) array<float>(p.a)[m * p.ld + j] = d.first_a[m * p.width + j];
-    if (j < states && d.index == nullptr) array<float>(p.phi)[m * p.ld + j] = d.start[m * states + j];
-    if (j >= p.passes) return;
-    const float v = d.fed[m * p.passes + j];
-    array<float>(p.fed)[m * p.passes_ld + j] = v;
-    if (!differences()) narrow(v, array<T>(p.v)[m * p.passes_ld + j]);
+    const Line<float> line = this->line(l, m);
+    float *mu = array<float>(p.mu) + m * p.ld, *phi = array<float>(p.phi) + m * p.ld;
+    predict_mu(team, l, m);
+    team.sync();
+    for (int64_t j = team.rank; d.index == nullptr && j < states(l); j += team.size) phi[j] = first_state(l, m, j, mu[j]);
+    team.sync();
+    if (!passes_target(d)) {
+      if (!last(l)) feed_row(team, l, m, line);
+      return;
+    }
+    for (int64_t j = team.rank; j < p.passes; j += team.size) {
+      array<float>(p.fed)[m * p.passes_ld + j] = phi[j];
+      if (!differences()) narrow(phi[j], array<T>(p.v)[m * p.passes_ld + j]);
+    }
   }
-  PC_HD void copy_weight(int64_t l, int64_t row, int64_t k) const {
-    const int64_t inputs = plan(l - 1).passes;
-    if (k < inputs) narrow(node(l).weight[row * inputs + k], array<T>(plan(l).weight)[row * plan(l - 1).passes_ld + k]);
+  template <class Team>
+  PC_HD void predict_mu(const Team& team, int64_t l, int64_t m) const {
+    const NodePlan& p = plan(l);
+    const float* a = array<float>(p.a) + m * p.ld;
+    float* mu = array<float>(p.mu) + m * p.ld;
+    const bool softmax = is_softmax(node(l).activation);
+    Line<float> whole{};
+    whole.n = p.width;
+    const RowSoftmax row = softmax ? row_softmax(team, whole, a) : RowSoftmax{};
+    for (int64_t j = team.rank; j < p.width; j += team.size) mu[j] = softmax ? row.p(true, a[j]) : activated(node(l).activation, a[j]);
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -83,7 +141,7 @@ struct LayersBody {
     const int64_t m = tile / across * kRowsOfTile, j = tile % across * kColumnsOfTile;
     const bool fresh = refreshed_at(run, l, t);
     if (fresh) {
-      const int64_t pitch = plan(l - 1).passes_ld;
+      const int64_t pitch = plan(l).inputs_ld;
       exec.template multiply<false>(array<T>(plan(l - 1).v) + m * pitch, pitch, array<T>(plan(l).weight) + j * pitch, pitch, pitch, run.products);
     }
     exec.quads([&](int row, int column, const Four& x) {
@@ -184,12 +242,9 @@ struct LayersBody {
     const LayersNode& d = node(l);
     const NodePlan& p = plan(l);
     Line<float> line = this->line(l, m);
-    const float* a = array<float>(p.a) + m * p.ld;
-    float *mu = array<float>(p.mu) + m * p.ld, *grad = array<float>(p.grad) + m * p.ld;
-    Line<float> whole{};
-    whole.n = p.width;
-    const RowSoftmax softmax = is_softmax(d.activation) ? row_softmax(team, whole, a) : RowSoftmax{};
-    for (int64_t j = team.rank; j < p.width; j += team.size) mu[j] = is_softmax(d.activation) ? softmax.p(true, a[j]) : activated(d.activation, a[j]);
+    const float *a = array<float>(p.a) + m * p.ld, *mu = array<float>(p.mu) + m * p.ld;
+    float* grad = array<float>(p.grad) + m * p.ld;
+    predict_mu(team, l, m);
     team.sync();
     line.grad_mu = grad;
     line_errors(team, d.energy, d.clamped, line);

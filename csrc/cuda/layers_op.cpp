@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// torch.ops.pc_kernels_native.infer_layers: all moves of a chain by schedule (a), from pre-activations, states and what the nodes
-// pass on at t = 0: phis, deltas, energies (steps + 1, nodes, batch) where traced, and the lowest node with a state that is not
-// finite, from 1; 0: none. Only in builds with CUDA.
+// torch.ops.pc_kernels_native.infer_layers: the forward pass and all moves of a chain by schedule (a): phis, deltas, energies
+// (steps + 1, nodes, batch) where traced, and the lowest node with a state that is not finite, from 1; 0: none. Only in builds
+// with CUDA.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -25,48 +25,37 @@ Products products_of(const std::string& precision) {
   return Products::bf16_delta;
 }
 
-// the nodes of the call, with what they pass on; the widths of that
-std::vector<int64_t> add_nodes(ChainCall& call, Tensors weights, Tensors first_a, Tensors fed, const Optionals& noise, LayersRun& run) {
+void add_nodes(ChainCall& call, const Optionals& noise, LayersRun& run) {
   const size_t count = call.nodes.size();
   TORCH_CHECK_VALUE(count <= kMaxLayers, "weights: wanted at most ", kMaxLayers, " layers, got ", count);
-  check_count("first_a", first_a.size(), count);
-  check_count("fed", fed.size(), count - 1);
   check_count("noise", noise.size(), count);
-  std::vector<int64_t> passes(count, 0);
   for (size_t l = 0; l < count; ++l) {
     LayersNode& node = run.nodes[l];
     static_cast<ChainNode&>(node) = call.nodes[l];
-    node.fed = node.noise = nullptr;
-    node.first_a = floats(call, "first_a", first_a[l], {call.batch, call.widths[l]});
-    TORCH_CHECK_VALUE(node.start != nullptr || node.index != nullptr, "starts: wanted a tensor for node ", l + 1, ", got None");
-    if (l + 1 == count) continue;
-    TORCH_CHECK_VALUE(fed[l].dim() == 2, "fed: wanted (batch, width), got ", fed[l].sizes());
-    passes[l] = fed[l].size(1);
-    check_inputs(weights[l + 1], passes[l]);
-    node.fed = floats(call, "fed", fed[l], {call.batch, passes[l]});
     node.noise = floats(call, "noise", noise[l], {call.batch, call.widths[l] / 2});
-    const bool samples = is_sample(node.feed) && !node.clamped;
+    const bool samples = is_sample(node.feed) && !node.clamped && l + 1 < count;
     TORCH_CHECK_VALUE(!samples || node.noise != nullptr, "noise: wanted a tensor for node ", l + 1, ", which feeds on its sample");
   }
-  return passes;
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer_layers_op(
     Tensors weights, const Optionals& biases, const Names& activations, const Names& energies, const Names& feeds,
-    const Names& rules, const c10::List<double>& lrs, const Optionals& log_vars, const Optionals& starts, Tensors first_a, Tensors fed,
+    const Names& rules, const c10::List<double>& lrs, const Optionals& log_vars, const Tensor& x, const Optionals& starts,
     const Optionals& masks, const Optionals& holds, const Optionals& noise, const Flags& clamped, at::IntArrayRef moves_from,
     int64_t steps, double momentum, std::string precision, bool trace) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   TORCH_CHECK_VALUE(steps >= 0, "steps: wanted a whole number >= 0, got ", steps);
   const auto run = std::make_unique<LayersRun>();
-  TORCH_CHECK_VALUE(first_a.size() > 0 && first_a[0].dim() == 2, "first_a: wanted tensors (batch, width)");
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: wanted (batch, width), got ", x.sizes());
   ChainCall call = describe_call({weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, masks, holds, clamped,
-                                  moves_from}, first_a[0].size(0));
-  const std::vector<int64_t> passes = add_nodes(call, weights, first_a, fed, noise, *run);
+                                  moves_from}, x.size(0));
+  add_nodes(call, noise, *run);
   run->count = static_cast<int64_t>(call.nodes.size()), run->batch = call.batch, run->steps = steps;
   run->products = products_of(precision), run->momentum = static_cast<float>(momentum), run->momentum_on = momentum != 0;
-  const std::string why = plan_layers(call.widths.data(), passes.data(), *run);
+  const std::string why = plan_layers(x.size(1), call.widths.data(), *run);
   TORCH_CHECK_VALUE(why.empty(), "weights: wanted a chain for the layers' kernels, got one that they cannot run: ", why);
+  for (size_t l = 0; l < call.nodes.size(); ++l) check_inputs(weights[l], run->plan[l].inputs);
+  run->x = floats(call, "x", x, x.sizes());
   const c10::cuda::CUDAGuard guard(call.device);
   const auto on = at::TensorOptions().device(call.device);
   const Tensor work = at::zeros({run->bytes}, on.dtype(at::kByte)), diverged = at::zeros({}, on.dtype(at::kLong));
@@ -84,7 +73,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor> infer_layer
 TORCH_LIBRARY_FRAGMENT(pc_kernels_native, m) {
   m.def(
       "infer_layers(Tensor[] weights, Tensor?[] biases, str[] activations, str[] energies, str[] feeds, str[] rules, "
-      "float[] lrs, Tensor?[] log_vars, Tensor?[] starts, Tensor[] first_a, Tensor[] fed, Tensor?[] masks, Tensor?[] holds, "
+      "float[] lrs, Tensor?[] log_vars, Tensor x, Tensor?[] starts, Tensor?[] masks, Tensor?[] holds, "
       "Tensor?[] noise, bool[] clamped, int[] moves_from, int steps, float momentum, str precision, bool trace) "
       "-> (Tensor[], Tensor[], Tensor, Tensor)");
 }

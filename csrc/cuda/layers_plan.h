@@ -27,9 +27,7 @@ constexpr int64_t kWorkAlign = 256;
 enum class Products : int { fp32, tf32, bf16, bf16_delta };
 
 struct LayersNode : ChainNode {
-  const float* first_a;  // (batch, width): pre-activations at t = 0: exact for bf16_delta, of rounded operands for tf32 and bf16
   const float* noise;  // (batch, width / 2) of a node that feeds on its sample
-  const float* fed;    // (batch, passes): what it passes on at t = 0; null: nobody is above
 };
 
 struct NodePlan {
@@ -37,11 +35,15 @@ struct NodePlan {
   int64_t ld, passes_ld;      // padded
   bool rows_predict, rows_update;
   int64_t phi, a, mu, back, velocity, fed, grad;  // float32; -1: none. back, fed: (batch, passes). grad: scratch of rows
-  int64_t v, delta, weight;   // operands of products, of the precision's type; weight: (padded width, passes_ld of the node below)
+  int64_t v, delta, weight;   // operands of products, of the precision's type; weight: (padded width, inputs_ld)
+  int64_t inputs, inputs_ld;  // passes of the node below, or x's width
+  int64_t exact;              // float32 weights for the forward pass; the operand itself where that is float32
 };
 
 struct LayersRun {
   int64_t count, batch, steps, bytes;
+  const float* x;  // (batch, plan[0].inputs)
+  int64_t inputs;  // where x lies, with padded rows
   Products products;
   bool momentum_on;
   float momentum;
@@ -55,6 +57,20 @@ struct LayersRun {
 PC_HD bool halves(Products products) { return products == Products::bf16 || products == Products::bf16_delta; }
 PC_HD bool in_differences(Products products) { return products == Products::bf16_delta; }
 PC_HD bool is_sample(int feed) { return feed < 0; }
+
+// an operand of the forward pass: exact in bf16_delta, else rounded as in every later product
+template <Products P>
+PC_HD float operand(float x) {
+  if constexpr (P == Products::bf16) return widen(to_bf16(x));
+  if constexpr (P == Products::tf32) return float_of((bits_of(x) + 0x1000u) & ~0x1fffu);  // to nearest, ties away
+  return x;
+}
+
+// A target that has another form than the state (data, not parameters) is passed on as it stands.
+PC_HD bool passes_target(const ChainNode& node) {
+  return node.clamped && (node.energy == Energy::categorical || node.energy == Energy::bernoulli || node.energy == Energy::gaussian_full ||
+                          node.energy == Energy::poisson);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // who is at work in move t (from 0; t = steps: what follows the last one)
@@ -106,8 +122,8 @@ inline std::string layers_refusal(const LayersNode& node, bool last) {
   return "";
 }
 
-// Fills in sizes and offsets; nodes, batch, steps, momentum and products are set. widths, passes: per node.
-inline std::string plan_layers(const int64_t* widths, const int64_t* passes, LayersRun& run) {
+// Fills in sizes and offsets; nodes, batch, steps, momentum and products are set. inputs: x's width; widths: per node.
+inline std::string plan_layers(int64_t inputs, const int64_t* widths, LayersRun& run) {
   int64_t end = 0;
   const int64_t rows = up_to(run.batch, kRowsOfTile), size = halves(run.products) ? 2 : 4;
   for (int64_t l = 0; l < run.count; ++l) {
@@ -116,8 +132,10 @@ inline std::string plan_layers(const int64_t* widths, const int64_t* passes, Lay
     const bool last = l + 1 == run.count, moves = !d.clamped, pair = d.energy == Energy::gaussian_full;
     const std::string why = layers_refusal(d, last);
     if (!why.empty()) return "node " + std::to_string(l + 1) + ": " + why;
-    p.width = widths[l], p.passes = last ? 0 : passes[l];
+    p.width = widths[l], p.passes = last ? 0 : pair && (d.clamped || is_sample(d.feed)) ? widths[l] / 2 : widths[l];
     p.ld = up_to(p.width, kPadding), p.passes_ld = up_to(p.passes, kPadding);
+    p.inputs = l > 0 ? run.plan[l - 1].passes : inputs, p.inputs_ld = up_to(p.inputs, kPadding);
+    if (l == 0) run.inputs = place(end, true, 4 * rows * p.inputs_ld);
     p.rows_predict = pair || d.energy == Energy::categorical || is_softmax(d.activation);
     p.rows_update = moves && (pair || (!last && (is_softmax(d.feed) || is_sample(d.feed))) || (d.energy == Energy::categorical && !d.natural));
     p.phi = place(end, true, 4 * rows * p.ld), p.a = place(end, true, 4 * rows * p.ld), p.mu = place(end, true, 4 * rows * p.ld);
@@ -127,7 +145,8 @@ inline std::string plan_layers(const int64_t* widths, const int64_t* passes, Lay
     p.fed = place(end, !last, 4 * rows * p.passes_ld);
     p.v = place(end, !last, size * rows * p.passes_ld);
     p.delta = place(end, l > 0, size * rows * p.ld);
-    p.weight = place(end, l > 0, size * p.ld * (l > 0 ? run.plan[l - 1].passes_ld : 0));
+    p.weight = place(end, l > 0, size * p.ld * p.inputs_ld);
+    p.exact = size == 4 && l > 0 ? p.weight : place(end, true, 4 * p.ld * p.inputs_ld);
   }
   run.bytes = end;
   return "";

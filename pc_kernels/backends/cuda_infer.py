@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`infer` in CUDA C++ by one of two schedules.
 
-LAYERS: the start in plain torch, then two launches of tiles a move over all layers, from sm_80 on: any widths, families
-and precisions. CLUSTER: one launch for the start and all moves, the weights of the loop in a cluster's shared memory,
+LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions. CLUSTER: one
+launch for the forward pass and all moves, the weights of the loop in a cluster's shared memory,
 from sm_90 on, for what fits there.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pc_kernels import checks
-from pc_kernels.backends.reference_infer import Arguments, Chain
+from pc_kernels.backends.reference_infer import Arguments
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
 from pc_kernels.schedule import Cone, sources
@@ -142,29 +142,12 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         )  # fmt: skip
         trace = args.x.new_empty(0, len(phis))
     else:
-        with _exact_products():
-            start = Chain(args)
         phis, deltas, energies, diverged = _ops().infer_layers(
-            *chain, start.phi, start.a, start.v[:-1], args.masks, args.holds, args.noise, args.clamped, first,
-            args.steps, args.momentum, args.precision, args.trace,
+            *chain, args.x, args.phis, args.masks, args.holds, args.noise, args.clamped, first, args.steps,
+            args.momentum, args.precision, args.trace,
         )  # fmt: skip
         trace = energies.sum(2) / max(args.x.shape[0], 1)
     return phis, deltas, trace, _status(args.steps, products, diverged)
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Float32 products of the start are float32's, whatever the process has set: `precision` alone decides. Torch has
-    one switch for all threads, so others' products are exact for that time, too."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    if not allowed:
-        yield
-        return
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _status(steps: int, products: int, diverged: Tensor) -> Tensor:

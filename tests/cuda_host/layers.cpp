@@ -10,8 +10,9 @@
 
 namespace {
 
-float rounded(float x, pc::Products products) {  // as tensor cores read float32: to nearest, ties away
-  return products == pc::Products::tf32 ? pc::float_of((pc::bits_of(x) + 0x1000u) & ~0x1fffu) : x;
+float rounded(float x, pc::Products products) {
+  if (products == pc::Products::tf32) return pc::operand<pc::Products::tf32>(x);
+  return products == pc::Products::bf16 ? pc::operand<pc::Products::bf16>(x) : x;  // what is bfloat16 already stays
 }
 
 template <class T>
@@ -30,6 +31,9 @@ struct Block {
         sums[m][n] = sum;
       }
     }
+  }
+  void multiply_rounded(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner, pc::Products products) const {
+    multiply<false>(left, left_pitch, right, right_pitch, inner, products);
   }
   template <class F>
   void quads(const F& f) const {
@@ -72,6 +76,12 @@ struct Launches {
       else body.update_row(Alone{}, l, m);
     }
   }
+  void start(int64_t l) const {
+    const pc::LayersBody<T> body{run, 0};
+    const int64_t tiles = pc::tiles_of(run, run.plan[l].width);
+    for (int64_t i = 0; i < tiles; ++i) body.start(Block<float>{}, l, reverse ? tiles - 1 - i : i);
+    for (int64_t m = 0; body.by_rows(l) && m < run.batch; ++m) body.start_row(Alone{}, l, reverse ? run.batch - 1 - m : m);
+  }
   void trace(int64_t t) const {
     if (run.energy == nullptr) return;
     pc::NodeDesc nodes[pc::kMaxLayers];
@@ -83,12 +93,12 @@ struct Launches {
   }
   void all() const {
     const pc::LayersBody<T> body{run, run.steps};
+    for (int64_t i = 0; i < run.batch * run.plan[0].inputs; ++i) body.copy_x(i / run.plan[0].inputs, i % run.plan[0].inputs);
     for (int64_t l = 0; l < run.count; ++l) {
-      for (int64_t row = 0; l > 0 && row < run.plan[l].width; ++row) {
-        for (int64_t k = 0; k < run.plan[l - 1].passes; ++k) body.copy_weight(l, row, k);
-      }
-      for (int64_t i = 0; i < run.batch * run.plan[l].width; ++i) body.copy_in(l, i / run.plan[l].width, i % run.plan[l].width);
+      const int64_t inputs = run.plan[l].inputs;
+      for (int64_t i = 0; i < run.plan[l].width * inputs; ++i) body.copy_weight(l, i / inputs, i % inputs);
     }
+    for (int64_t l = 0; l < run.count; ++l) start(l);
     for (int64_t t = 0; t <= run.steps; ++t) {
       phase(pc::Phase::predict, t), phase(pc::Phase::predict_rows, t), trace(t);
       if (t < run.steps) phase(pc::Phase::update, t), phase(pc::Phase::update_rows, t);
@@ -107,23 +117,24 @@ extern "C" int64_t size_of_layers_node() { return sizeof(pc::LayersNode); }
 extern "C" int64_t size_of_layers_run() { return sizeof(pc::LayersRun); }
 
 // The plan alone: 0 and the plan in `run`; or 1 and, in `why`, the reason.
-extern "C" int plan_layers(const pc::LayersNode* nodes, const int64_t* widths, const int64_t* passes, int64_t count, int64_t batch,
+extern "C" int plan_layers(const pc::LayersNode* nodes, int64_t inputs, const int64_t* widths, int64_t count, int64_t batch,
                            double momentum, int products, pc::LayersRun* run, char* why, int64_t room) {
   run->count = count, run->batch = batch, run->products = static_cast<pc::Products>(products);
   run->momentum = static_cast<float>(momentum), run->momentum_on = momentum != 0;
   std::copy(nodes, nodes + count, run->nodes);
-  const std::string said = pc::plan_layers(widths, passes, *run);
+  const std::string said = pc::plan_layers(inputs, widths, *run);
   std::strncpy(why, said.c_str(), room - 1);
   return said.empty() ? 0 : 1;
 }
 
 // 0 and the results in the nodes' phi and delta, in energy and in diverged
-extern "C" int run_layers(const pc::LayersNode* nodes, const int64_t* widths, const int64_t* passes, int64_t count, int64_t batch,
-                          int64_t steps, double momentum, int products, bool reverse, float* energy, int64_t* diverged, char* why,
+extern "C" int run_layers(const pc::LayersNode* nodes, const float* x, int64_t inputs, const int64_t* widths, int64_t count,
+                          int64_t batch, int64_t steps, double momentum, int products, bool reverse, float* energy, int64_t* diverged, char* why,
                           int64_t room) {
   const auto run = std::make_unique<pc::LayersRun>();
   run->steps = steps;
-  if (plan_layers(nodes, widths, passes, count, batch, momentum, products, run.get(), why, room) != 0) return 1;
+  run->x = x;
+  if (plan_layers(nodes, inputs, widths, count, batch, momentum, products, run.get(), why, room) != 0) return 1;
   std::vector<double> work(run->bytes / 8 + 32);  // zero, as on the GPU
   run->work = reinterpret_cast<char*>(pc::up_to(reinterpret_cast<int64_t>(work.data()), 16));
   run->energy = energy, run->diverged = diverged;

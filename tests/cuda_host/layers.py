@@ -22,7 +22,7 @@ REVERSE: ContextVar[bool] = ContextVar("reverse", default=False)  # a launch's b
 class LayersNode(ChainNode):
     """csrc/cuda/layers_plan.h's."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("first_a", "noise", "fed"))
+    _fields_ = (("noise", ctypes.c_void_p),)
 
 
 class NodePlan(ctypes.Structure):
@@ -32,7 +32,10 @@ class NodePlan(ctypes.Structure):
         ("rows_update", ctypes.c_bool),
         *(
             (name, ctypes.c_int64)
-            for name in ("phi", "a", "mu", "back", "velocity", "fed", "grad", "v", "delta", "weight")
+            for name in (
+                "phi", "a", "mu", "back", "velocity", "fed", "grad", "v", "delta", "weight", "inputs", "inputs_ld",
+                "exact",
+            )  # fmt: skip
         ),
     )
 
@@ -40,6 +43,8 @@ class NodePlan(ctypes.Structure):
 class LayersRun(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("count", "batch", "steps", "bytes")),
+        ("x", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
         ("products", ctypes.c_int),
         ("momentum_on", ctypes.c_bool),
         ("momentum", ctypes.c_float),
@@ -64,7 +69,7 @@ def _array(values: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def plan(nodes: list[LayersNode], widths: list[int], passes: list[int], batch: int, momentum: float, precision: str):
+def plan(nodes: list[LayersNode], inputs: int, widths: list[int], batch: int, momentum: float, precision: str):
     """(the plan, why there is none)."""
     host, run, why = library("layers"), LayersRun(), ctypes.create_string_buffer(400)
     assert host.size_of_layers_run() == ctypes.sizeof(LayersRun)
@@ -73,7 +78,7 @@ def plan(nodes: list[LayersNode], widths: list[int], passes: list[int], batch: i
     sizes = (ctypes.c_int64(len(nodes)), ctypes.c_int64(batch), ctypes.c_double(momentum))
     products = ctypes.c_int(PRECISIONS.index(precision))
     room = ctypes.c_int64(400)
-    host.plan_layers(described, _array(widths), _array(passes), *sizes, products, ctypes.byref(run), why, room)
+    host.plan_layers(described, ctypes.c_int64(inputs), _array(widths), *sizes, products, ctypes.byref(run), why, room)
     return run, why.value.decode()
 
 
@@ -82,10 +87,10 @@ class EmulatedLayers(Emulated):
 
     @staticmethod
     def infer_layers(
-        weights, biases, activations, energies, feeds, rules, lrs, log_vars, starts, first_a, fed, masks, holds, noise,
-        clamped, moves_from, steps, momentum, precision, trace,
+        weights, biases, activations, energies, feeds, rules, lrs, log_vars, x, starts, masks, holds, noise, clamped,
+        moves_from, steps, momentum, precision, trace,
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:  # fmt: skip
-        count, batch, kept = len(weights), len(first_a[0]), list[Tensor]()
+        count, batch, kept = len(weights), len(x), list[Tensor]()
 
         def keep(tensor: Tensor | None, *shape: int) -> int | None:
             if tensor is None:
@@ -100,24 +105,23 @@ class EmulatedLayers(Emulated):
         ]
         nodes = []
         for l, width in enumerate(widths):
-            by_class = not starts[l].is_floating_point()
+            by_class = starts[l] is not None and not starts[l].is_floating_point()
             states = width // 2 if clamped[l] and energies[l] == "gaussian_full" else width
             nodes.append(
                 node(
                     activation=activations[l], energy=energies[l], feed=feeds[l], natural=rules[l] == "natural",
                     clamped=clamped[l], lr=lrs[l], moves_from=min(moves_from[l], NEVER), weight=keep(weights[l]),
-                    bias=keep(biases[l]), first_a=keep(first_a[l]), start=None if by_class else keep(starts[l]),
+                    bias=keep(biases[l]), start=None if by_class else keep(starts[l]),
                     index=keep(starts[l]) if by_class else None, log_var=keep(log_vars[l]),
                     mask=keep(masks[l], batch, states), hold=keep(holds[l], batch, states), mask_sample=states,
                     hold_sample=states, phi=pointer(phis[l]), delta=pointer(deltas[l]), noise=keep(noise[l]),
-                    fed=keep(fed[l]) if l + 1 < count else None,
                 )
             )  # fmt: skip
         energy = torch.full((steps + 1 if trace else 0, count, batch), float("nan"))
         diverged, why = ctypes.c_int64(0), ctypes.create_string_buffer(400)
-        passes = [*(v.shape[1] for v in fed), 0]
+        pixels = x.detach().contiguous()
         failed = library("layers").run_layers(
-            (LayersNode * count)(*nodes), _array(widths), _array(passes), ctypes.c_int64(count), ctypes.c_int64(batch),
+            (LayersNode * count)(*nodes), ctypes.c_void_p(pointer(pixels)), ctypes.c_int64(x.shape[1]), _array(widths), ctypes.c_int64(count), ctypes.c_int64(batch),
             ctypes.c_int64(steps), ctypes.c_double(momentum), ctypes.c_int(PRECISIONS.index(precision)),
             ctypes.c_bool(REVERSE.get()), ctypes.c_void_p(pointer(energy) if trace else None), ctypes.byref(diverged),
             why, ctypes.c_int64(400),
