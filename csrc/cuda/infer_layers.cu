@@ -32,18 +32,6 @@ struct alignas(128) Shared {
   alignas(128) float sums[kRowsOfTile * kSumPitch];
 };
 
-// From sm_90 on a launch may begin while the one before it still runs: its blocks fetch what that does not write, then wait.
-__device__ __forceinline__ void wait_for_last_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_launch_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void copy_16(void* shared, const void* global) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -83,36 +71,30 @@ struct Block {
   __device__ __forceinline__ void multiply_by(const T* left, int64_t left_pitch, const T* right, int64_t right_pitch, int64_t inner) const {
     constexpr int kInner = Stages<T>::kInner;
     const int count = static_cast<int>(inner / kInner);
-    const auto fetch_right = [&](int k) {
-      T* to = shared.stages.right[k % kStages];
-      if (k >= count) return;
-      if constexpr (Across) {
-        copy_tile(to, Stages<T>::kAcross, right + k * kInner * right_pitch, right_pitch, kInner, kColumnsOfTile);
-      } else {
-        copy_tile(to, Stages<T>::kLeft, right + k * kInner, right_pitch, kColumnsOfTile, kInner);
+    const auto fetch = [&](int k) {
+      Stages<T>& s = shared.stages;
+      const int stage = k % kStages;
+      if (k < count) {
+        copy_tile(s.left[stage], Stages<T>::kLeft, left + k * kInner, left_pitch, kRowsOfTile, kInner);
+        if constexpr (Across) {
+          copy_tile(s.right[stage], Stages<T>::kAcross, right + k * kInner * right_pitch, right_pitch, kInner, kColumnsOfTile);
+        } else {
+          copy_tile(s.right[stage], Stages<T>::kLeft, right + k * kInner, right_pitch, kColumnsOfTile, kInner);
+        }
       }
-    };
-    const auto fetch_left = [&](int k) {
-      T* to = shared.stages.left[k % kStages];
-      if (k < count) copy_tile(to, Stages<T>::kLeft, left + k * kInner, left_pitch, kRowsOfTile, kInner);
       asm volatile("cp.async.commit_group;" ::: "memory");
     };
     Accumulator accumulator;
-    for (int k = 0; k + 1 < kStages; ++k) fetch_right(k);  // weights, which no launch of the loop writes
-    wait();
-    for (int k = 0; k + 1 < kStages; ++k) fetch_left(k);
+    for (int k = 0; k + 1 < kStages; ++k) fetch(k);
     for (int k = 0; k < count; ++k) {
       asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
       __syncthreads();  // stage k has come, and what the next fetch overwrites has been used by all
-      fetch_right(k + kStages - 1);
-      fetch_left(k + kStages - 1);
+      fetch(k + kStages - 1);
       accumulator.template add<Across>(shared.stages, k % kStages);
     }
     accumulator.store(shared.sums);
     __syncthreads();
   }
-
-  __device__ __forceinline__ void wait() const { wait_for_last_launch(); }
 
   // f(row, column, four sums) for the tile's quads
   template <class F>
@@ -200,12 +182,11 @@ struct Block {
 // kernels
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads, 4) tiles_kernel(const __grid_constant__ LayersRun run, const __grid_constant__ Blocks blocks, Phase phase, int64_t t) {
-  let_next_launch_begin();
+__global__ void __launch_bounds__(kTileThreads, 4) tiles_kernel(const __grid_constant__ LayersRun run, Phase phase, int64_t t) {
   __shared__ Shared<T> shared;
   const Block<T> block{shared};
   const LayersBody<T> body{run, t};
-  body.find(blocks, blockIdx.x, [&](int64_t l, int64_t tile) {
+  body.find(phase, blockIdx.x, [&](int64_t l, int64_t tile) {
     if (phase == Phase::predict) body.predict(block, l, tile);
     else body.update(block, l, tile);
   });
@@ -219,12 +200,10 @@ struct RowTeam {  // a warp
 };
 
 template <class T>
-__global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) rows_kernel(const __grid_constant__ LayersRun run, const __grid_constant__ Blocks blocks, Phase phase, int64_t t) {
-  let_next_launch_begin();
-  wait_for_last_launch();
+__global__ void __launch_bounds__(kWarp * kRowsOfBlock, 2) rows_kernel(const __grid_constant__ LayersRun run, Phase phase, int64_t t) {
   const LayersBody<T> body{run, t};
   const RowTeam team{static_cast<int>(threadIdx.x) % kWarp, kWarp};
-  body.find(blocks, blockIdx.x, [&](int64_t l, int64_t some) {
+  body.find(phase, blockIdx.x, [&](int64_t l, int64_t some) {
     const int64_t m = some * kRowsOfBlock + threadIdx.x / kWarp;
     if (m >= run.batch) return;
     if (phase == Phase::predict_rows) body.predict_row(team, l, m);
@@ -271,34 +250,26 @@ __global__ void copy_out_kernel(const __grid_constant__ LayersRun run) {
 // ---------------------------------------------------------------------------------------------------------------------
 // launches
 
-// A launch that may begin while the one before it runs, where the chip can.
-template <class Kernel, class... Arguments>
-cudaError_t launch_early(bool early, Kernel kernel, unsigned grid, unsigned threads, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(grid), launch.blockDim = dim3(threads), launch.stream = stream;
-  launch.attrs = &attribute, launch.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, kernel, arguments...);
+int64_t blocks_of(const LayersRun& run, Phase phase, int64_t t) {
+  int64_t blocks = 0;
+  for (int64_t l = 0; l < run.count; ++l) blocks += blocks_of(run, phase, l, t);
+  return blocks;
 }
 
 template <class T>
 struct Launches {
   const LayersRun& run;
   cudaStream_t stream;
-  bool early;
 
   const char* phase(Phase phase, int64_t t) const {
-    const Blocks of = blocks_of(run, phase, t);
-    const int64_t blocks = of.first[kMaxLayers];
+    const int64_t blocks = blocks_of(run, phase, t);
     if (blocks == 0) return nullptr;
     if (blocks > INT32_MAX) return "the batch is too large for one launch; split it";
     const bool rows = phase == Phase::predict_rows || phase == Phase::update_rows;
     const unsigned grid = static_cast<unsigned>(blocks);
-    const cudaError_t error = rows ? launch_early(early, rows_kernel<T>, grid, kWarp * kRowsOfBlock, stream, run, of, phase, t)
-                                   : launch_early(early, tiles_kernel<T>, grid, kTileThreads, stream, run, of, phase, t);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    if (rows) rows_kernel<T><<<grid, kWarp * kRowsOfBlock, 0, stream>>>(run, phase, t);
+    else tiles_kernel<T><<<grid, kTileThreads, 0, stream>>>(run, phase, t);
+    return launch_error();
   }
   const char* copy_in() const {
     int64_t weights = 0;
@@ -347,11 +318,7 @@ struct Launches {
 const char* infer_layers(const LayersRun& run, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (run.batch == 0) return nullptr;
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  return halves(run.products) ? Launches<Bf16>{run, on, major >= 9}.all() : Launches<float>{run, on, major >= 9}.all();
+  return halves(run.products) ? Launches<Bf16>{run, on}.all() : Launches<float>{run, on}.all();
 }
 
 }  // namespace pc

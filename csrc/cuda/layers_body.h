@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Schedule (a): what a block does in each launch; host and device. See layers_plan.h. `Exec` is the block: its tile product and
-// its threads; it waits for the launch before this one in a product, which reads that one's results, or where it is told to. On
-// the GPU it is infer_layers.cu's, on the CPU a test's.
+// its threads. On the GPU it is infer_layers.cu's, on the CPU a test's.
 #pragma once
 
 #include "layers_plan.h"
@@ -23,10 +22,12 @@ struct LayersBody {
 
   // f(l, number within the layer) for the block-th block of a launch
   template <class F>
-  PC_HD void find(const Blocks& blocks, int64_t block, const F& f) const {
-    int64_t l = 0;
-    while (block >= blocks.first[l + 1]) ++l;
-    f(l, block - blocks.first[l]);
+  PC_HD void find(Phase phase, int64_t block, const F& f) const {
+    for (int64_t l = 0; l < run.count; ++l) {
+      const int64_t some = blocks_of(run, phase, l, t);
+      if (block < some) return f(l, block);
+      block -= some;
+    }
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -139,9 +140,7 @@ struct LayersBody {
     const int64_t across = (plan(l).width + kColumnsOfTile - 1) / kColumnsOfTile;
     const int64_t m = tile / across * kRowsOfTile, j = tile % across * kColumnsOfTile;
     const bool fresh = refreshed_at(run, l, t);
-    if (!fresh) {
-      exec.wait();
-    } else {
+    if (fresh) {
       const int64_t pitch = plan(l).inputs_ld;
       exec.template multiply<false>(array<T>(plan(l - 1).v) + m * pitch, pitch, array<T>(plan(l).weight) + j * pitch, pitch, pitch, run.products);
     }
@@ -184,9 +183,7 @@ struct LayersBody {
     const bool top = last(l);
     const int64_t columns = top ? plan(l).width : plan(l).passes, across = (columns + kColumnsOfTile - 1) / kColumnsOfTile;
     const int64_t m = tile / across * kRowsOfTile, j = tile % across * kColumnsOfTile;
-    if (top) {
-      exec.wait();
-    } else {
+    if (!top) {
       const NodePlan& above = plan(l + 1);
       exec.template multiply<true>(array<T>(above.delta) + m * above.ld, above.ld, array<T>(above.weight) + j, plan(l).passes_ld, above.ld,
                                    run.products);

@@ -101,17 +101,6 @@ PC_HD int64_t blocks_of(const LayersRun& run, Phase phase, int64_t l, int64_t t)
   return 0;
 }
 
-// Which blocks of a launch are which layer's: found out before it, since a block that looks for itself waits for memory.
-struct Blocks {
-  int64_t first[kMaxLayers + 1];
-};
-
-inline Blocks blocks_of(const LayersRun& run, Phase phase, int64_t t) {
-  Blocks blocks{};
-  for (int64_t l = 0; l < kMaxLayers; ++l) blocks.first[l + 1] = blocks.first[l] + (l < run.count ? blocks_of(run, phase, l, t) : 0);
-  return blocks;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // the layout
 

@@ -17,7 +17,6 @@ float rounded(float x, pc::Products products) {
 
 template <class T>
 struct Block {
-  void wait() const {}
   mutable float sums[pc::kRowsOfTile][pc::kColumnsOfTile];
 
   template <bool Across>
@@ -61,10 +60,10 @@ struct Launches {
 
   void phase(pc::Phase phase, int64_t t) const {
     const pc::LayersBody<T> body{run, t};
-    const pc::Blocks of = pc::blocks_of(run, phase, t);
-    const int64_t blocks = of.first[pc::kMaxLayers];
+    int64_t blocks = 0;
+    for (int64_t l = 0; l < run.count; ++l) blocks += pc::blocks_of(run, phase, l, t);
     for (int64_t i = 0; i < blocks; ++i) {
-      body.find(of, reverse ? blocks - 1 - i : i, [&](int64_t l, int64_t some) { block(body, phase, l, some); });
+      body.find(phase, reverse ? blocks - 1 - i : i, [&](int64_t l, int64_t some) { block(body, phase, l, some); });
     }
   }
   void block(const pc::LayersBody<T>& body, pc::Phase phase, int64_t l, int64_t some) const {
