@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -71,7 +72,16 @@ def reason(name: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     return module(name).supports(op, tensors)
 
 
-def choose(op: str, tensors: Sequence[Tensor]) -> str:
+def declined(name: str, op: str, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> str | None:
+    """None if "auto" may take the backend, otherwise why not: it cannot run `op`, or leaves a call with these arguments
+    (of `infer`; none: nothing is known of them) to a faster one."""
+    why = reason(name, op, tensors)
+    if why is not None or not arguments or not hasattr(module(name), "declines"):
+        return why
+    return module(name).declines(op, tensors, arguments)
+
+
+def choose(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any] = ()) -> str:
     """Name of the backend that runs `op`. Raises BackendUnavailable if the one asked for by name cannot."""
     name = requested()
     if name != "auto":
@@ -81,7 +91,7 @@ def choose(op: str, tensors: Sequence[Tensor]) -> str:
                 f"backend {name!r} cannot run {op}: {why}. Use use_backend('auto') to let one that can."
             )
         return name
-    return next(candidate for candidate in BACKENDS if reason(candidate, op, tensors) is None)
+    return next(candidate for candidate in BACKENDS if declined(candidate, op, tensors, arguments) is None)
 
 
 def clear_plans() -> None:
@@ -94,19 +104,20 @@ def clear_plans() -> None:
         loaded.clear_plans()
 
 
-def chosen(op: str, tensors: Sequence[Tensor]) -> str | None:
+def chosen(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any] = ()) -> str | None:
     """As `choose`, but None where it would raise."""
     wanted = requested()
-    names = BACKENDS if wanted == "auto" else (wanted,)
-    return next((name for name in names if reason(name, op, tensors) is None), None)
+    if wanted != "auto":
+        return wanted if reason(wanted, op, tensors) is None else None
+    return choose(op, tensors, arguments)
 
 
-def account(op: str, tensors: Sequence[Tensor]) -> str:
+def account(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any] = ()) -> str:
     """One line per backend: which one `choose` takes, and why the others would not run."""
     wanted = requested()
     lines, taken = [], None
     for name in BACKENDS:
-        why = reason(name, op, tensors)
+        why = declined(name, op, tensors, arguments if wanted == "auto" else ())
         if why is None and taken is None and wanted in ("auto", name):
             taken, why = name, "runs" if name != "reference" else "runs (plain torch; reduced precisions are emulated)"
         elif why is None:

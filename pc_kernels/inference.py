@@ -172,11 +172,11 @@ def explain(
     task = library.infer_task(precision, limit, [layer.prior for layer in layers])
     telling = library.telling_of(arguments)
     lines = [
-        dispatch.account(task, telling),
+        dispatch.account(task, telling, arguments),
         f"network: {widths}, batch {x.shape[0]}, products in {products}",
         f"schedule: {schedule}",
     ]
-    chosen = dispatch.chosen(task, telling)
+    chosen = dispatch.chosen(task, telling, arguments)
     if chosen in ("cuda", "triton"):
         lines.append(dispatch.module(chosen).explain_infer(*arguments))
     return "\n".join(lines)

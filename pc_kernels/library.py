@@ -64,7 +64,9 @@ def telling_of(arguments: Sequence[Any]) -> list[Tensor]:
 
 def _run_infer(x: Tensor, *rest: Any) -> Any:
     priors, (tol, precision) = rest[-7], rest[-3:-1]
-    return dispatch.module(dispatch.choose(infer_task(precision, tol, priors), telling_of((x, *rest)))).infer(x, *rest)
+    arguments = (x, *rest)
+    backend = dispatch.choose(infer_task(precision, tol, priors), telling_of(arguments), arguments)
+    return dispatch.module(backend).infer(*arguments)
 
 
 # The ops as the loops call them: where nobody traces, the backend directly, since the way through the dispatcher takes

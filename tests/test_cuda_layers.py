@@ -212,12 +212,16 @@ def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers)
 # ---------------------------------------------------------------- which schedule
 
 
-def _explained(
+def _arguments(
     batch: int, width: int, precision: str, layers: Layers, gen: torch.Generator, trace: bool = False
-) -> str:
+) -> tuple:
     nodes = test_precision._float32(inputs.paper("M1", gen, (4, width, width, width, 3)))
     problem = Problem(torch.zeros(batch, 4), layers(nodes), None, None, None, None, None)
-    return cuda_backend.explain_infer(*problem.arguments(), 1, 0.1, 0.0, -1.0, precision, trace)
+    return (*problem.arguments(), 1, 0.1, 0.0, -1.0, precision, trace)
+
+
+def _explained(*described, **options) -> str:
+    return cuda_backend.explain_infer(*_arguments(*described, **options))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +239,27 @@ def test_the_choice_says_why(
 ) -> None:
     with cuda_infer.use_schedule(None):
         assert re.search(says, _explained(batch, width, precision, layers, gen, trace))
+
+
+@pytest.mark.parametrize(
+    ("batch", "precision", "triton", "says"),
+    [
+        (4, "bf16_delta", True, None),
+        (500, "bf16_delta", True, "Triton's kernels are faster.*more than 120 samples"),
+        (500, "bf16_delta", False, None),
+        (4, "fp32", True, "Triton's kernels are faster.*bf16 only"),
+        (4, "fp32", False, None),
+    ],
+)
+def test_auto_takes_it_where_it_is_the_fastest(
+    batch: int, precision: str, triton: bool, says: str | None, gen: torch.Generator, layers: Layers
+) -> None:
+    arguments = _arguments(batch, 8, precision, layers, gen)
+    with cuda_infer.use_schedule(None):
+        why = cuda_infer.declines(arguments, triton)
+        assert (why is None) if says is None else re.search(says, why or "")
+    with cuda_infer.use_schedule(cuda_infer.CLUSTER):  # asked for: what cannot have it goes elsewhere
+        assert (cuda_infer.declines(arguments, triton) is None) is (precision != "fp32")
 
 
 def test_a_schedule_asked_for_is_taken_or_refused(gen: torch.Generator, layers: Layers) -> None:
@@ -260,9 +285,7 @@ NODES = st.tuples(
     momentum=st.booleans(),
     precision=st.sampled_from(host.PRECISIONS),
 )  # fmt: skip
-def test_any_network_has_a_plan(
-    chain: list, inputs_of_x: int, batch: int, momentum: bool, precision: str
-) -> None:
+def test_any_network_has_a_plan(chain: list, inputs_of_x: int, batch: int, momentum: bool, precision: str) -> None:
     """Arrays large enough for whole tiles, aligned, none over another."""
     nodes = [
         host.node(activation=act, energy=energy, feed="identity" if l + 1 == len(chain) else feed, clamped=False)

@@ -20,8 +20,8 @@ from pc_kernels.backends import native
 from pc_kernels.backends.native import layer_energies, layer_errors, update_phi_
 
 __all__ = [
-    "explain_infer", "infer", "layer_energies", "layer_errors", "supports", "unavailable_reason", "update_phi_",
-    "weight_grads",
+    "declines", "explain_infer", "infer", "layer_energies", "layer_errors", "supports", "unavailable_reason",
+    "update_phi_", "weight_grads",
 ]  # fmt: skip
 
 INFER = ("infer", "infer in tf32", "infer in bf16_delta", "infer in bf16")
@@ -61,8 +61,6 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
 def _infer_reason(x: Tensor) -> str | None:
     if x.dtype != torch.float32:
         return f"infer takes float32, and a tensor is {str(x.dtype).removeprefix('torch.')}"
-    if dispatch.requested() != "cuda":
-        return "its infer is slower than Triton's so far, and runs only where it is asked for by name"
     return _old_device(x.device, OLDEST)
 
 
@@ -81,6 +79,12 @@ def _dotted(capability: tuple[int, int]) -> str:
 def infer(*args: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """T steps of a chain: (phis, deltas, trace, status)."""
     return import_module("pc_kernels.backends.cuda_infer").infer(*args)
+
+
+def declines(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any]) -> str | None:
+    """Why "auto" is to pass over this backend for a call of `infer` that it may be able to run; None: it is not."""
+    triton_runs = dispatch.reason("triton", op, tensors) is None
+    return import_module("pc_kernels.backends.cuda_infer").declines(arguments, triton_runs)
 
 
 def weight_grads(*args: Any) -> tuple[list[Tensor], list[Tensor]]:

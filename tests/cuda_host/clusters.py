@@ -12,7 +12,6 @@ import torch
 import truth
 from torch import Tensor
 
-import pc_kernels as pck
 from cuda_host import library, pointer
 from pc_kernels import pc_math
 
@@ -28,10 +27,7 @@ class ChainNode(ctypes.Structure):
         ("clamped", ctypes.c_bool),
         ("lr", ctypes.c_float),
         ("moves_from", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weight", "bias", "start", "index", "log_var", "mask", "hold")
-        ),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "start", "index", "log_var", "mask", "hold")),
         ("mask_sample", ctypes.c_int64),
         ("hold_sample", ctypes.c_int64),
         ("phi", ctypes.c_void_p),
@@ -128,7 +124,10 @@ def run(
     precision: str = "bf16_delta",
     general: bool = False,
 ) -> Outcome:
-    """As pck.infer on float32 nodes, general: never by the shorter code of a bare run; states and deltas are NaN where the kernel leaves them unwritten."""
+    """As pck.infer on float32 nodes; states and deltas are NaN where the kernel leaves them unwritten.
+
+    general: never by the shorter code of a bare run.
+    """
     count, batch = len(nodes), len(x)
     nothing: list[Tensor | None] = [None] * count
     hidden, held = list(masks or nothing), list(clamp or nothing)
@@ -154,7 +153,8 @@ def run(
             activation=pc_math.ACTIVATIONS.index(node.activation), energy=pc_math.ENERGIES.index(node.energy),
             feed=-1 if node.fed == "sample" else pc_math.ACTIVATIONS.index(node.fed), natural=node.natural,
             clamped=clamped, lr=lr * node.lr_scale, moves_from=NEVER if clamped else 0 if anyone else count - 2 - l,
-            weight=keep(node.weight), bias=keep(node.bias), start=None if by_class else keep(start), index=keep(start) if by_class else None,
+            weight=keep(node.weight), bias=keep(node.bias), start=None if by_class else keep(start),
+            index=keep(start) if by_class else None,
             log_var=keep(node.log_var), mask=keep(spread[0]), hold=keep(spread[1]), mask_sample=len(node.weight),
             hold_sample=len(node.weight), phi=pointer(states[-1]), delta=pointer(deltas[-1]),
         )  # fmt: skip

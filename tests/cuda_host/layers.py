@@ -32,10 +32,7 @@ class NodePlan(ctypes.Structure):
         ("rows_update", ctypes.c_bool),
         *(
             (name, ctypes.c_int64)
-            for name in (
-                "phi", "a", "mu", "back", "velocity", "fed", "grad", "v", "delta", "weight", "inputs", "inputs_ld",
-                "exact",
-            )  # fmt: skip
+            for name in "phi a mu back velocity fed grad v delta weight inputs inputs_ld exact".split()
         ),
     )
 
@@ -121,9 +118,10 @@ class EmulatedLayers(Emulated):
         diverged, why = ctypes.c_int64(0), ctypes.create_string_buffer(400)
         pixels = x.detach().contiguous()
         failed = library("layers").run_layers(
-            (LayersNode * count)(*nodes), ctypes.c_void_p(pointer(pixels)), ctypes.c_int64(x.shape[1]), _array(widths), ctypes.c_int64(count), ctypes.c_int64(batch),
-            ctypes.c_int64(steps), ctypes.c_double(momentum), ctypes.c_int(PRECISIONS.index(precision)),
-            ctypes.c_bool(REVERSE.get()), ctypes.c_void_p(pointer(energy) if trace else None), ctypes.byref(diverged),
+            (LayersNode * count)(*nodes), ctypes.c_void_p(pointer(pixels)), ctypes.c_int64(x.shape[1]),
+            _array(widths), ctypes.c_int64(count), ctypes.c_int64(batch), ctypes.c_int64(steps),
+            ctypes.c_double(momentum), ctypes.c_int(PRECISIONS.index(precision)), ctypes.c_bool(REVERSE.get()),
+            ctypes.c_void_p(pointer(energy) if trace else None), ctypes.byref(diverged),
             why, ctypes.c_int64(400),
         )  # fmt: skip
         assert not failed, why.value
