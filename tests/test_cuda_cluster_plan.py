@@ -25,7 +25,7 @@ def _held(plan: ClusterPlan, l: int) -> int:
 
 
 def _regions(plan: ClusterPlan, shapes: list[Shape], rows: int = TILE) -> dict[str, tuple[int, int, int | None]]:
-    """name -> (from, to, round; None: held all the time; -1: before the rounds), with the sizes that the kernel uses."""
+    """name -> (from, to, round; None: held all the time; -1: before the rounds), with sizes as the kernel has them."""
     out: dict[str, tuple[int, int, int | None]] = {}
 
     def add(name: str, start: int, size: int, during: int | None = None) -> None:

@@ -32,7 +32,21 @@ class NodePlan(ctypes.Structure):
         ("rows_update", ctypes.c_bool),
         *(
             (name, ctypes.c_int64)
-            for name in "phi a mu back velocity fed grad v delta weight inputs inputs_ld exact".split()
+            for name in [
+                "phi",
+                "a",
+                "mu",
+                "back",
+                "velocity",
+                "fed",
+                "grad",
+                "v",
+                "delta",
+                "weight",
+                "inputs",
+                "inputs_ld",
+                "exact",
+            ]
         ),
     )
 
