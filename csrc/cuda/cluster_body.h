@@ -8,16 +8,14 @@
 // with a cluster barrier at each bar: after it what was sent has arrived, and what was read may be overwritten.
 #pragma once
 
-#include "cluster_start.h"
+#include "cluster_exchange.h"
 
 namespace pc {
 
-constexpr int kPeers = 2;  // that one warp sends to
-
-template <class Exec, bool Bare>
-class ClusterBody : private ClusterStart<Exec, Bare> {
+template <class Exec>
+class ClusterBody : private ClusterExchange<Exec, false> {
  public:
-  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterStart<Exec, Bare>(exec, run, tile), rows_(false) {
+  PC_HD ClusterBody(const Exec& exec, const ClusterRun& run, int64_t tile) : ClusterExchange<Exec, false>(exec, run, tile), rows_(false) {
     for (int l = 0; l < plan_.count; ++l) rows_ = rows_ || !plain(l) || needs_state_row(l);
   }
 
@@ -32,12 +30,15 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
   }
 
  private:
-  using Base = ClusterStart<Exec, Bare>;
+  using Base = ClusterExchange<Exec, false>;
   using Base::exec_, Base::run_, Base::plan_, Base::plan, Base::node, Base::last, Base::written, Base::from, Base::columns;
   using Base::moves, Base::place, Base::kept, Base::held, Base::real, Base::blocks, Base::held_columns, Base::phi, Base::mu;
   using Base::a, Base::log_var, Base::at, Base::column, Base::get, Base::put, Base::entries, Base::jobs, Base::plain;
   using Base::needs_state_row, Base::needs_prediction_row, Base::needs_dot, Base::send_state_row, Base::send_prediction_row;
-  using Base::send_dot, Base::combine, Base::softmax_mu, Base::delta, Base::fed_softmax;
+  using Base::send_dot, Base::combine, Base::softmax_mu, Base::delta, Base::fed_softmax, Base::in, Base::refreshes, Base::sends;
+  using Base::feeds_back, Base::sent_by_moves, Base::from_when_steady, Base::send_moved, Base::send_block, Base::send_share;
+  using Base::send_feedback, Base::from_shares, Base::added_up;
+  using typename Base::Sums;
   template <class T>
   PC_HD T* here(int offset) const { return Base::template here<T>(offset); }
   template <class T>
@@ -46,34 +47,12 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
   // -------------------------------------------------------------------------------------------------------------------
   // a round
 
-  PC_HD bool in(int l, int round) const { return plan(l).round == round; }
-  PC_HD bool refreshes(int l, int64_t t) const { return t > 0 && moves(l - 1, t - 1); }  // a_l has changed
-
-  // Whether who moves the node below layer l sends it on at once. With one round nobody reads what was gathered before by then;
-  // a softmax has to wait for its row.
-  PC_HD bool sent_by_moves(int l) const { return Bare || (plan_.rounds == 1 && !is_softmax(node(l - 1).feed)); }
-
   // jobs of a layer in a round of move t
-  PC_HD int sends(int64_t t, int round, int l) const {
-    if (!in(l, round) || !refreshes(l, t)) return 0;
-    return plan(l).narrow ? blocks(l) * kCluster : sent_by_moves(l) ? 0 : kCluster / kPeers;
-  }
   PC_HD int predicts(int64_t t, int round, int l) const { return in(l, round) && refreshes(l, t) ? blocks(l) : 0; }
   PC_HD int corrects(int64_t t, int round, int l) const { return in(l, round) && plain(l) && !refreshes(l, t) ? blocks(l) : 0; }
-  PC_HD int feeds_back(int64_t t, int round, int l) const {
-    return in(l, round) && moves(l - 1, t) && !plan(l).narrow && held_columns(l) > 0 ? kCluster : 0;
-  }
   PC_HD int moves_below(int64_t t, int round, int part, int l) const { return in(l, round) && moves(l - 1, t) ? move_jobs(l, part) : 0; }
   PC_HD int moves_last(int64_t t, int round, int l) const { return in(l, round) && last(l) && moves(l, t) ? blocks(l) : 0; }
 
-  PC_HD int64_t from_when_steady() const {  // the first move from which on all have the same jobs
-    int64_t from = 1;
-    for (int l = 0; l < plan_.count; ++l) {
-      const int64_t first = node(l).moves_from;
-      from = first < run_.steps && first + 1 > from ? first + 1 : from;
-    }
-    return from;
-  }
   PC_HD bool list_jobs(int64_t t) const {
     bool fits = this->list(kSend, [&](int l) { return sends(t, 0, l); });
     fits = this->list(kPredict, [&](int l) { return predicts(t, 0, l); }) && fits;
@@ -88,7 +67,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
          [&](int l, int job) { plan(l).narrow ? send_share(l, job) : send_moved(l, job); });
     exec_.sync_cluster();
     jobs(kPredict, listed, [&](int l) { return predicts(t, round, l); }, [&](int l, int job) { predict(t, l, job); });
-    if (rows()) {
+    if (rows_) {
       exec_.sync();
       row_errors(t, round);
     }
@@ -104,37 +83,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     }
     jobs(kMoveLast, listed, [&](int l) { return moves_last(t, round, l); }, [&](int l, int job) { move_last(l, job); });
     exec_.sync();
-    if (rows()) refresh_rows(t, round);
-  }
-
-  // dv of the node below, a line a column, to some CTAs; each begins with others, so that not all write to the same
-  PC_HD void send_moved(int l, int job) const {
-    const Line* own = here<Line>(plan(l - 1).moved);
-    for (int i = 0; i < kPeers; ++i) {
-      Line* gather = there<Line>((exec_.cta + job * kPeers + i) % kCluster, plan(l).gather) + from(l - 1);
-      exec_.lanes(held_columns(l - 1), [&](int j) { gather[j] = own[j]; });
-    }
-  }
-
-  // the same of a block of 16 columns, by the warp that has just moved them
-  PC_HD void send_block(int l, int j) const {
-    exec_.sync_warp();
-    const Line* own = here<Line>(plan(l - 1).moved) + j;
-    const int at = from(l - 1) + j;
-    exec_.lanes(kUnit * kCluster, [&](int i) {
-      there<Line>((exec_.cta + i / kUnit) % kCluster, plan(l).gather)[at + i % kUnit] = own[i % kUnit];
-    });
-  }
-
-  // of a narrow layer: this CTA's share of a block of W dv, to one CTA. The product is short: each sender makes it
-  PC_HD void send_share(int l, int job) const {
-    const LayerPlan& p = plan(l);
-    const int block = job / kCluster, to = (exec_.cta + job) % kCluster;
-    float* shares = there<float>(to, p.shares) + exec_.cta * p.padded * kTile;
-    const Bf16* weight = here<Bf16>(p.weight) + block * kUnit * p.pitch;
-    exec_.multiply(weight, p.pitch, here<Bf16>(plan(l - 1).moved), held_columns(l - 1), [&](int c, int m, const Four& x) {
-      put(shares, block * kUnit + c, m, x);
-    });
+    if (rows_) refresh_rows(t, round);
   }
 
   PC_HD void predict(int64_t t, int l, int block) const {
@@ -144,25 +93,6 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     exec_.multiply(weight, p.pitch, here<Bf16>(p.gather), plan(l - 1).padded,
                                    [&](int c, int m, const Four& x) { advance(t, l, block * kUnit + c, m, x); });
   }
-  struct Sums {
-    Four x;
-  };
-  PC_HD Sums from_shares(int l, int j, int m) const {
-    return added_up(here<float>(plan(l).shares), plan(l).padded, j, m, [](int) { return true; });
-  }
-  // of what the CTAs have sent, `width` lines each, in their order
-  template <class Sent>
-  PC_HD Sums added_up(const float* from, int width, int j, int m, const Sent& sent) const {
-    Sums sums{};
-    for (int c = 0; c < kCluster; ++c) {
-      if (!sent(c)) continue;
-      Four x;
-      get(from + c * width * kTile, j, m, x);
-      for (int i = 0; i < 4; ++i) sums.x[i] += x[i];
-    }
-    return sums;
-  }
-
   // a of four entries has changed by x, or is x but for the bias
   PC_HD void advance(int64_t t, int l, int j, int m, const Four& x) const {
     float* buffer = here<float>(plan(l).a);
@@ -174,7 +104,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
       now[i] += x[i];
     }
     put(buffer, j, m, now);
-    if (!Bare && is_softmax(node(l).activation)) return;
+    if (is_softmax(node(l).activation)) return;
     Four value;
     activate(node(l).activation, now, value);
     put(here<float>(plan(l).mu), j, m, value);
@@ -230,7 +160,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     for (int i = 0; i < 4; ++i) {
       keep[i] = real(l, column(j, i)) && kept(l, m + i % 2, column(j, i));
       if (!keep[i]) state[i] = value[i];
-      if (!Bare && d.log_var != nullptr && keep[i]) variance[i] = log_var(l, column(j, i));
+      if (d.log_var != nullptr && keep[i]) variance[i] = log_var(l, column(j, i));
     }
     grads_of<kGradMu>(d.energy, d.clamped, state, value, variance, grad);
     pull(d.activation, pre, value, grad);
@@ -240,16 +170,6 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     for (int i = 0; i < 4; ++i) {
       if (real(l, column(j, i)) && written(l, m + i % 2)) d.delta[place(l, m + i % 2, column(j, i))] = grad[i];
     }
-  }
-
-  // this CTA's share of W^T delta for a part of an owner's columns of the node below
-  PC_HD void send_feedback(int l, int part, int job) const {
-    const LayerPlan &p = plan(l), &below = plan(l - 1);
-    const int owner = (exec_.cta + job) % kCluster, first = below.first[owner] + part * p.part, inner = held_columns(l);
-    const int left = below.first[owner + 1] - first, width = left < p.part ? left : p.part;
-    float* receive = there<float>(owner, p.receive) + exec_.cta * p.part * kTile;
-    exec_.multiply_across(here<Bf16>(p.weight) + first, p.pitch, here<Bf16>(p.delta), inner, width / kUnit,
-                          [&](int c, int m, const Four& x) { put(receive, c, m, x); });
   }
 
   // -------------------------------------------------------------------------------------------------------------------
@@ -292,7 +212,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     Four before, now, way, value, variance = {0, 0, 0, 0};
     get(here<float>(p.phi), j, m, before);
     get(here<float>(p.mu), j, m, value);
-    for (int i = 0; !Bare && i < 4; ++i) variance[i] = d.log_var != nullptr && real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
+    for (int i = 0; i < 4; ++i) variance[i] = d.log_var != nullptr && real(l, column(j, i)) ? log_var(l, column(j, i)) : 0.0f;
     direction(d, last(l), before, value, variance, back, way);
     if (p.velocity != kNowhere) {
       Four velocity;
@@ -306,7 +226,7 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
       now[i] = stays ? before[i] : to < floor ? floor : to;
     }
     put(here<float>(p.phi), j, m, now);
-    if (p.moved == kNowhere || (!Bare && is_softmax(d.feed))) return;
+    if (p.moved == kNowhere || is_softmax(d.feed)) return;
     feed_of(d, run_.differences, before, now);
     put(here<Bf16>(p.moved), j, m, now);
   }
@@ -357,8 +277,6 @@ class ClusterBody : private ClusterStart<Exec, Bare> {
     }
     exec_.sync_cluster();  // no CTA leaves while another may still write to it
   }
-
-  PC_HD bool rows() const { return !Bare && rows_; }
 
   bool rows_;  // whether any node needs whole rows
 };

@@ -80,16 +80,21 @@ inline std::string describe_cluster(const ChainNode* nodes, const int64_t* width
   return plan_cluster(shapes, count, momentum != 0, run.plan);
 }
 
-// Whether nothing of the run needs whole rows, masks, held entries, variances, or turns at the memory.
+// Whether the run is of single entries without masks, held entries, variances or turns at the memory, each block of columns with a
+// warp of its own. The one row that there may be is a categorical target that one warp has whole.
 inline bool is_bare(const ClusterRun& run) {
   bool bare = run.plan.rounds == 1 && run.plan.parts == 1;
+  int warps = 0;
   for (int l = 0; l < run.plan.count; ++l) {
     const ChainNode& d = run.nodes[l];
-    const bool feeds = l + 1 < run.plan.count && !d.clamped;
+    const LayerPlan& p = run.plan.layers[l];
+    const bool last = l + 1 == run.plan.count, feeds = !last && !d.clamped;
     bare = bare && d.mask == nullptr && d.hold == nullptr && d.log_var == nullptr;
-    bare = bare && !is_softmax(d.activation) && !is_row_family(d.energy) && !(feeds && is_softmax(d.feed));
+    bare = bare && !is_softmax(d.activation) && !(feeds && is_softmax(d.feed));
+    bare = bare && (!is_row_family(d.energy) || (last && d.clamped && p.narrow && p.padded == kUnit));
+    warps += p.slice / kUnit;
   }
-  return bare;
+  return bare && warps <= kWarpsOfCta;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@
 
 namespace pc {
 
+constexpr int kWarpsOfCta = 16;
 constexpr int kCluster = 8, kTile = 8, kUnit = 16, kMaxLayers = 16;
 constexpr int kNarrow = 32;            // columns of a last layer that is shared out by its inputs
 constexpr int kMostColumns = 1 << 20;  // of a layer: sizes then fit the types

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "cluster_body.h"
+#include "cluster_owned.h"
 #include "infer_cluster.h"
 #include "lowest.cuh"
 #include "mma_lanes.h"
@@ -13,7 +14,7 @@
 namespace pc {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 32 * kWarpsOfCta;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -91,6 +92,15 @@ struct Cta {
     warps(kTile, [&](int m) { f(m, warp); });
     __syncthreads();
   }
+
+  // f(warp) by each warp; what a lane owns from one such call to the next
+  template <class F>
+  __device__ __forceinline__ void team(const F& f) const { f(static_cast<int>(threadIdx.x) / kLanes); }
+  template <class T>
+  struct Own {
+    T mine;
+    __device__ __forceinline__ T& of(int, int, int) { return mine; }
+  };
 
   // inside `warps`: f(i) by the lanes; f(c, m) for the quads (c, c + 8) x (m, m + 1) of 16 columns, one a lane
   template <int Unroll = 4, class F>
@@ -185,7 +195,8 @@ template <bool Bare>
 __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_constant__ ClusterRun run) {
   extern __shared__ __align__(kAlign) char memory[];
   const Cta cta{static_cast<int>(cooperative_groups::this_cluster().block_rank()), memory};
-  ClusterBody<Cta, Bare>(cta, run, blockIdx.x / kCluster).solve();
+  if constexpr (Bare) ClusterOwned<Cta>(cta, run, blockIdx.x / kCluster).solve();
+  else ClusterBody<Cta>(cta, run, blockIdx.x / kCluster).solve();
 }
 
 #else  // this chip has no clusters; the launcher says so

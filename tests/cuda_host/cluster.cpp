@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/cluster_body.h"
+#include "cuda/cluster_owned.h"
 
 namespace {
 
@@ -45,6 +46,15 @@ struct Cta {
   void warps(int count, const F& f) const {
     for (int i = 0; i < count; ++i) f(i);
   }
+  template <class F>
+  void team(const F& f) const {
+    for (int w = 0; w < pc::kWarpsOfCta; ++w) f(w);
+  }
+  template <class T>
+  struct Own {
+    std::vector<T> all = std::vector<T>(pc::kWarpsOfCta * 32);
+    T& of(int warp, int c, int m) { return all[warp * 32 + c % 8 * 4 + m / 2]; }
+  };
   template <int Unroll = 1, class F>
   void lanes(int count, const F& f) const {
     for (int i = 0; i < count; ++i) f(i);
@@ -91,7 +101,8 @@ void run_tile(const pc::ClusterRun& run, int64_t tile) {
   for (int c = 0; c < pc::kCluster; ++c) {
     threads.emplace_back([&, c] {
       const Cta cta{c, &memory, &barrier};
-      pc::ClusterBody<Cta, Bare>(cta, run, tile).solve();
+      if constexpr (Bare) pc::ClusterOwned<Cta>(cta, run, tile).solve();
+      else pc::ClusterBody<Cta>(cta, run, tile).solve();
     });
   }
   for (std::thread& thread : threads) thread.join();
