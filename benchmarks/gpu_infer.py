@@ -159,6 +159,8 @@ def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
     """`run` as the replay of a CUDA graph; as it is without a GPU."""
     if device != "cuda":
         return run
+    # torch keeps cuBLAS' workspace per stream: without this a graph works in the memory of an earlier one, that may be gone
+    torch._C._cuda_clearCublasWorkspaces()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -166,6 +168,7 @@ def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         run()
+    torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 
