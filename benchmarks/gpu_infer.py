@@ -159,7 +159,7 @@ def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
     """`run` as the replay of a CUDA graph; as it is without a GPU."""
     if device != "cuda":
         return run
-    # torch keeps cuBLAS' workspace per stream: without this a graph works in the memory of an earlier one, that may be gone
+    # torch keeps a cuBLAS workspace per stream: without this a graph would work in the memory of an earlier one
     torch._C._cuda_clearCublasWorkspaces()
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -16,7 +16,7 @@
 #endif
 
 // Said of a short loop over an array that a GPU is to hold in registers.
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define PC_UNROLL _Pragma("unroll")
 #else
 #define PC_UNROLL
