@@ -2,8 +2,8 @@
 """`infer` in CUDA C++ by one of two schedules.
 
 LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions. CLUSTER: one
-launch for the forward pass and all moves, the weights of the loop in a cluster's shared memory,
-from sm_90 on, for what fits there.
+launch for the forward pass and all moves, the weights of the loop in a cluster's shared memory, from sm_90 on, for what
+fits there.
 """
 
 from __future__ import annotations
