@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -169,7 +169,18 @@ def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         run()
     torch._C._cuda_clearCublasWorkspaces()
-    return graph.replay
+    return Replay(graph, run)
+
+
+class Replay(NamedTuple):
+    """A graph and what it was captured from: the graph holds addresses alone, and what `run` made before the capture
+    must live as long as the graph does."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Callable[[], Any]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def closed_form(case: Case, inputs: Inputs, operands: torch.dtype, allow_tf32: bool, device: str) -> Callable[[], Any]:

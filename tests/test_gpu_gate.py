@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +44,40 @@ def test_the_kernels_case_is_the_same_inference(output: str, softmax: int) -> No
     with pck.use_backend("reference"):
         found = errors(case, make(case, torch.float64), "fp32", truth_of(case))
     assert max(*found["delta"], *found["dW"]) < 1e-11
+
+
+class GraphWithoutGpu:
+    """In place of torch.cuda.CUDAGraph: holds nothing of what is captured, as the real one."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_a_captured_baseline_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph gives free memory back to the driver as it begins: a graph that outlives its tensors reads
+    addresses that are no more."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "CUDAGraph": GraphWithoutGpu, "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": nullcontext, "graph": nullcontext,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    case, made = Case("", WIDTHS, 3, "gaussian", steps=2), []
+
+    def form(*arguments: Any) -> ClosedForm:
+        found = ClosedForm(*arguments)
+        made.append(weakref.ref(found.phis[0]))
+        return found
+
+    monkeypatch.setattr(gpu_infer, "ClosedForm", form)
+    replay = gpu_infer.closed_form(case, make(case), torch.bfloat16, False, "cuda")
+    gc.collect()
+    replay()
+    assert made[0]() is not None
+    del replay
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_dry_run(tmp_path: Path) -> None:
