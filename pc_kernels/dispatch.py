@@ -95,13 +95,14 @@ def choose(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any] = ()) ->
 
 
 def clear_plans() -> None:
-    """Release what backends keep from call to call: the Triton plans of `infer` (workspaces and CUDA graphs).
+    """Release what backends keep from call to call of `infer` on a GPU (workspaces and CUDA graphs).
 
     Later calls build them anew. Results already returned stay valid.
     """
-    loaded = sys.modules.get("pc_kernels.backends.triton_plan")  # where no plan was made, nothing is imported for it
-    if loaded is not None:
-        loaded.clear_plans()
+    for name in ("triton_plan", "cuda_recordings"):
+        loaded = sys.modules.get(f"pc_kernels.backends.{name}")  # where nothing is kept, nothing is imported for it
+        if loaded is not None:
+            loaded.clear_plans()
 
 
 def chosen(op: str, tensors: Sequence[Tensor], arguments: Sequence[Any] = ()) -> str | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
+import cuda_host.layers
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pc_kernels as pck
+from pc_kernels.backends import cuda_backend, cuda_infer, cuda_recordings
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -75,6 +78,31 @@ def layer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def infer_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test on every backend that has `infer`, on that backend's device."""
     yield from _inside(request.param)
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU the backend `cuda`; elsewhere the same with its kernels, and the recording of a CUDA graph, played by
+    the CPU."""
+    on_gpu = torch.cuda.is_available() and cuda_backend.unavailable_reason() is None
+    if not on_gpu:
+        monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
+        monkeypatch.setattr(cuda_infer, "_ops", lambda: cuda_host.layers.EmulatedLayers)
+        monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
+        monkeypatch.setattr(cuda_recordings, "record", _recorded)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield
+
+
+def _recorded(launches: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+    """As `cuda_recordings.record`: the same memory is filled anew."""
+    found = launches()
+
+    def replay() -> None:
+        for own, new in zip(cuda_recordings._tensors(found), cuda_recordings._tensors(launches()), strict=True):
+            own.copy_(new)
+
+    return found, replay
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

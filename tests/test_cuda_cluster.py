@@ -21,7 +21,7 @@ from cuda_host import clusters
 from torch import Tensor
 
 import pc_kernels as pck
-from pc_kernels.backends import cuda_backend, cuda_infer
+from pc_kernels.backends import cuda_infer
 
 pytestmark = pytest.mark.skipif(cuda_host.CXX is None, reason="no C++ compiler")
 
@@ -199,18 +199,12 @@ def test_what_it_cannot_run_it_names(
 
 
 @pytest.fixture
-def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On a GPU the backend `cuda`; elsewhere the same with the kernel played by the CPU."""
-    on_gpu = torch.cuda.is_available() and cuda_backend.unavailable_reason() is None
-    if not on_gpu:
-        monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
-        monkeypatch.setattr(cuda_infer, "_ops", lambda: clusters.Emulated)
-        monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
-    with cuda_infer.use_schedule(cuda_infer.CLUSTER), torch.device("cuda" if on_gpu else "cpu"):
+def cluster_resident(cuda_kernels: None) -> Iterator[None]:
+    with cuda_infer.use_schedule(cuda_infer.CLUSTER):
         yield
 
 
-@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.usefixtures("cluster_resident")
 @pytest.mark.parametrize("precision", ["bf16_delta", "bf16"])
 @pytest.mark.parametrize("model", ["M1", "M3", "M3-probs"])
 def test_infer(model: str, precision: str, gen: torch.Generator, layers: Layers) -> None:
@@ -232,14 +226,14 @@ def test_infer(model: str, precision: str, gen: torch.Generator, layers: Layers)
     assert torch.equal(got.phis[-1], target)
 
 
-@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.usefixtures("cluster_resident")
 def test_a_state_that_is_not_finite_raises(gen: torch.Generator, layers: Layers) -> None:
     nodes = inputs.paper("M1", gen, DIMS, torch.float32)
     with pck.use_backend("cuda"), pytest.raises(pck.InferenceDiverged, match="layer 1"):
         pck.infer(_x(gen), layers(nodes), target=_target(nodes, gen), steps=60, lr=1e4, precision="bf16_delta")
 
 
-@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.usefixtures("cluster_resident")
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"trace": True}, "no trace"), ({"tol": 1e-3}, "tol is not written"), ({}, "KB of shared memory")],

@@ -32,14 +32,8 @@ BATCH = 35
 
 
 @pytest.fixture(autouse=True)
-def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On a GPU the backend `cuda`; elsewhere the same with the kernels played by the CPU."""
-    on_gpu = torch.cuda.is_available() and cuda_backend.unavailable_reason() is None
-    if not on_gpu:
-        monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
-        monkeypatch.setattr(cuda_infer, "_ops", lambda: host.EmulatedLayers)
-        monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
-    with cuda_infer.use_schedule(cuda_infer.LAYERS), torch.device("cuda" if on_gpu else "cpu"):
+def two_launches_a_step(cuda_kernels: None) -> Iterator[None]:
+    with cuda_infer.use_schedule(cuda_infer.LAYERS):
         yield
 
 

@@ -10,24 +10,36 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import cuda_host
 import inputs
 import pytest
 import torch
 from torch import Tensor
 
 import pc_kernels as pck
-from pc_kernels.backends.reference_infer import Arguments
-from pc_kernels.problem import Problem
+from pc_kernels.backends import cuda_infer, cuda_recordings
 
-pytest.importorskip("triton", reason="triton is not installed")
-
-pytestmark = pytest.mark.usefixtures("one_thread", "triton_interpreter")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIMS, BATCH = (5, 8, 6), 4
 
 
-@pytest.fixture(autouse=True)
-def no_plans() -> Iterator[None]:
+@pytest.fixture
+def recordings(cuda_kernels: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two launches a step in CUDA C++, from the second call of a kind on by a recording, of whatever size."""
+    if cuda_host.CXX is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(cuda_recordings, "serves", lambda args: True)
+    with pck.use_backend("cuda"), cuda_infer.use_schedule(cuda_infer.LAYERS):
+        yield
+
+
+@pytest.fixture(autouse=True, params=["triton_interpreter", "recordings"])
+def keeps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The backends that keep something."""
+    if request.param == "triton_interpreter":
+        pytest.importorskip("triton", reason="triton is not installed")
+    request.getfixturevalue(request.param)
     pck.clear_plans()
     yield
     pck.clear_plans()
@@ -65,6 +77,19 @@ def test_the_values_of_weights_are_read_anew(gen: torch.Generator) -> None:
         change.mul_(-0.5)
         after = _agrees(layers, call)
         assert not torch.equal(before[-1], after[-1])
+        before = after
+
+
+def test_the_values_of_flags_states_and_labels_are_read_anew(gen: torch.Generator) -> None:
+    hidden = torch.arange(DIMS[1])
+    mask, hold, state = hidden > 1, hidden % 2 == 0, inputs.normal(gen, BATCH, DIMS[1]).float()
+    call = _call(gen, masks=[mask, None], clamp=[hold, None], phis=[state, None])
+    layers = _layers(gen)
+    before = _agrees(layers, call)
+    for change in (mask.copy_, hold.copy_, call["target"].copy_, state.copy_):
+        change(change.__self__.roll(1, 0))
+        after = _agrees(layers, call)
+        assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
         before = after
 
 
@@ -138,24 +163,3 @@ def test_layers_that_were_collected_leave_nothing(gen: torch.Generator) -> None:
         target = call["target"] if energy == "categorical" else torch.full((BATCH, DIMS[-1]), 1 / DIMS[-1])
         _agrees(_layers(gen, energy, lr_scale=1.0 + round_ % 2), call | {"target": target})
         gc.collect()
-
-
-def test_equal_descriptions_are_one(gen: torch.Generator) -> None:
-    """And the same hash, also where they are two objects."""
-    from pc_kernels.backends import triton_plan
-
-    def described(**changed: Any) -> Any:
-        call = _call(gen)
-        problem = Problem(call["x"], _layers(gen), call["target"], None, None, None, None)
-        args = Arguments(*problem.arguments(), 3, 0.1, 0.0, -1.0, "fp32", False)
-        return triton_plan.describe(args._replace(**changed))
-
-    one = described()
-    assert one is described(lr=0.7)
-    assert one != described(momentum=0.5)
-    assert one != described(trace=True)
-    copy = replace(one)
-    assert copy is not one
-    assert copy == one
-    assert hash(copy) == hash(one)
-    assert hash(replace(one, steps=4)) != hash(one)

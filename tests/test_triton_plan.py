@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import inputs
 import pytest
@@ -14,6 +15,9 @@ import truth
 from torch import Tensor
 
 import pc_kernels as pck
+from pc_kernels.backends.reference_infer import Arguments
+from pc_kernels.backends.triton_infer_call import Call
+from pc_kernels.problem import Problem
 
 launches = pytest.importorskip(
     "pc_kernels.backends.triton_launches", reason="triton is not installed", exc_type=ImportError
@@ -186,6 +190,27 @@ def test_plans_are_reused_and_bounded(gen: torch.Generator, layers: Layers, monk
     assert [key[0].batch for key in triton_plan._plans] == [1]
     pck.clear_plans()
     assert not triton_plan._plans
+
+
+def test_equal_descriptions_are_one(gen: torch.Generator, layers: Layers) -> None:
+    """And the same hash, also where they are two objects."""
+    from pc_kernels.backends import triton_plan
+
+    def described(**changed) -> Call:
+        nodes, call = _paper("M1", gen, (5, 7, 6, 4, 3), 4)
+        problem = Problem(call["x"], layers(nodes), call["target"], None, None, None, None)
+        args = Arguments(*problem.arguments(), 3, 0.1, 0.0, -1.0, "fp32", False)
+        return triton_plan.describe(args._replace(**changed))
+
+    one = described()
+    assert one is described(lr=0.7)
+    assert one != described(momentum=0.5)
+    assert one != described(trace=True)
+    copy = replace(one)
+    assert copy is not one
+    assert copy == one
+    assert hash(copy) == hash(one)
+    assert hash(replace(one, steps=4)) != hash(one)
 
 
 def test_results_do_not_change_with_the_next_call(gen: torch.Generator, layers: Layers) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`infer` in CUDA C++ by one of two schedules.
 
-LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions. CLUSTER: one
-launch for the forward pass and all moves, the weights of the loop in a cluster's shared memory, from sm_90 on, for what
-fits there.
+LAYERS: two launches of tiles a move over all layers, from sm_80 on: any widths, families and precisions; small calls
+from a CUDA graph. CLUSTER: one launch for the forward pass and all moves, the weights of the loop in a cluster's shared
+memory, from sm_90 on, for what fits there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pc_kernels import checks
+from pc_kernels.backends import cuda_recordings
 from pc_kernels.backends.reference_infer import Arguments
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
@@ -113,7 +114,8 @@ def explained(*arguments: Any) -> str:
     schedule, why = choose(args)
     if schedule == CLUSTER:
         return f"cuda: {schedule} kernel, 8 samples a cluster, one launch for all steps ({why})"
-    return f"cuda: {schedule}, tiles of 32 samples x 32 entries ({why})"
+    graph = ", a CUDA graph from the second call on" if cuda_recordings.serves(args) else ""
+    return f"cuda: {schedule}, tiles of 32 samples x 32 entries{graph} ({why})"
 
 
 def first_moves(args: Arguments) -> tuple[list[int], int]:
@@ -150,12 +152,17 @@ def infer(*arguments: Any) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         )  # fmt: skip
         trace = args.x.new_empty(0, len(phis))
     else:
-        phis, deltas, energies, diverged = _ops().infer_layers(
-            *chain, args.x, args.phis, args.masks, args.holds, args.noise, args.clamped, first, args.steps,
+        phis, deltas, energies, diverged = _infer_layers(
+            args, *chain, args.x, args.phis, args.masks, args.holds, args.noise, args.clamped, first, args.steps,
             args.momentum, args.precision, args.trace,
         )  # fmt: skip
         trace = energies.sum(2) / max(args.x.shape[0], 1)
     return phis, deltas, trace, _status(args.steps, products, diverged)
+
+
+def _infer_layers(args: Arguments, *arguments: Any) -> tuple[Any, ...]:
+    op = _ops().infer_layers
+    return cuda_recordings.run(op, arguments, args.x.device) if cuda_recordings.serves(args) else op(*arguments)
 
 
 def _status(steps: int, products: int, diverged: Tensor) -> Tensor:
