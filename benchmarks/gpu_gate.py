@@ -2,8 +2,9 @@
 """`python -m benchmarks.gpu_gate --out DIR`: everything that only a GPU can prove, in one command of ten minutes.
 
 Builds the extension in place, runs the tests marked `gpu`, runs compute-sanitizer over a small case of every kernel,
-then times inference and a training step against what there is to beat. One JSON, written after every row, so that a
-time limit loses nothing; a table at the end. `--dry-run` goes the same way without a GPU at sizes that mean nothing.
+then times a training step and inference against what there is to beat. A step gets a share of the time that is left,
+and the rows of inference, the most important first, all that remains; what there was no time for is on record. One
+JSON, written after every row. `--dry-run` goes the same way without a GPU at sizes that mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,47 @@ import torch
 
 import pc_kernels as pck
 from benchmarks import gpu_infer
-from benchmarks.gpu_training import training_rows
+from benchmarks.cases import Case
+from benchmarks.gpu_training import training_cases, training_row
 
 ROOT = Path(__file__).parents[1]
-STEPS = ("build", "tests", "sanitizer", "benchmark", "training")
+SHARES = {
+    "build": 0.8,
+    "tests": 0.35,
+    "sanitizer": 0.25,
+    "training": 0.25,
+    "benchmark": 1.0,
+}  # of the time left by then
 TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # the time goes into compiling kernels, on the CPU
-TEST_SECONDS = 240
 SANITIZERS = ("memcheck", "racecheck")
+
+
+class Clock:
+    """The time that a step may take: a share of what is left of the whole."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+        self._until = self.end
+
+    @property
+    def left(self) -> float:
+        """Seconds until the step has to be over."""
+        return max(self._until - time.monotonic(), 1.0)
+
+    def begin(self, step: str) -> None:
+        """The step's share begins."""
+        now = time.monotonic()
+        self._until = now + SHARES[step] * max(self.end - now, 0)
+
+    def rows(self, cases: Sequence[Case]) -> Iterator[Case]:
+        """The cases for whose rows there is time, as far as the longest one so far tells; the first in any case."""
+        longest = 0.0
+        for case in cases:
+            start = time.monotonic()
+            if longest > self._until - start:
+                return
+            yield case
+            longest = max(longest, time.monotonic() - start)
 
 
 class Report:
@@ -95,30 +130,29 @@ def where() -> dict[str, Any]:
 # the steps
 
 
-def build() -> dict[str, Any]:
+def build(clock: Clock) -> dict[str, Any]:
     """The extension in place, by ninja; if its CUDA part does not build, that is on record, and the rest goes on."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     major, minor = torch.cuda.get_device_capability()
     chip = f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else "")  # of this machine alone: the others take time
     environment = {"PC_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": chip}
-    found = shell(
-        command, 400, **{**environment, **{name: os.environ[name] for name in environment if name in os.environ}}
-    )
+    given = {name: os.environ[name] for name in environment if name in os.environ}
+    found = shell(command, 0.8 * clock.left, **{**environment, **given})
     if found["rc"] != 0:
-        found["without_cuda"] = shell(command, 200, PC_KERNELS_BUILD="cpu")
+        found["without_cuda"] = shell(command, clock.left, PC_KERNELS_BUILD="cpu")
     return found
 
 
-def tests() -> dict[str, Any]:
+def tests(clock: Clock) -> dict[str, Any]:
     """The tests marked `gpu`: on many processes by pytest-xdist where it is there, else a process per file."""
     plain = ["-m", "gpu", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command, paths = [sys.executable, "-m", "pytest", *plain], {"PYTHONPATH": f"python{os.pathsep}."}
     if importlib.util.find_spec("xdist") is not None:
-        return {"tests": counted(shell([*command, "-n", str(TEST_PROCESSES), "tests"], TEST_SECONDS, **paths))}
+        return {"tests": counted(shell([*command, "-n", str(TEST_PROCESSES), "tests"], clock.left, **paths))}
     files = sorted((ROOT / "tests").glob("test_*.py"))
 
     def run(path: Path) -> tuple[str, dict[str, Any]]:
-        return path.name, shell([*command, str(path)], TEST_SECONDS, **paths)
+        return path.name, shell([*command, str(path)], clock.left, **paths)
 
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:
         found = {name: counted(result) for name, result in pool.map(run, files)}
@@ -134,38 +168,44 @@ def counted(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, **verdicts, **{name: int(count) for count, name in summary}}
 
 
-def sanitizer() -> dict[str, Any]:
+def sanitizer(clock: Clock) -> dict[str, Any]:
     """compute-sanitizer over a small case of every kernel, or the machine's refusal."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return {"refused": "compute-sanitizer is not installed"}
-    command = [sys.executable, "-m", "benchmarks.gpu_small"]
+    command, watched = [sys.executable, "-m", "benchmarks.gpu_small"], {}
     environment = {"PYTHONPATH": f"python{os.pathsep}.", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    shell(command, 200, **environment)  # compiles the kernels outside the tool
-    return {
-        name: shell([tool, "--tool", name, "--error-exitcode", "9", *command], 150, **environment)
-        for name in SANITIZERS
-    }
+    shell(command, 0.4 * clock.left, **environment)  # compiles the kernels outside the tool
+    for name, share in zip(SANITIZERS, (0.5, 1.0), strict=True):
+        under = [tool, "--tool", name, "--error-exitcode", "9", *command]
+        watched[name] = shell(under, share * clock.left, **environment)
+    return watched
 
 
-def benchmark(report: Report, dry: bool, rounds: int, repeats: int, only: str) -> None:
-    """A row per case."""
+def benchmark(report: Report, clock: Clock, dry: bool, rounds: int, repeats: int, only: str) -> None:
+    """A row per case, as many as there is time for."""
     device, rows = "cpu" if dry else "cuda", []
-    for case in gpu_infer.cases(dry):
-        if only in case.name:
+    wanted = [case for case in gpu_infer.cases(dry) if only in case.name]
+    for case in clock.rows(wanted):
+        try:
             rows.append(gpu_infer.measure(case, device, rounds, repeats))
-            report.put("rows", rows)
-            print(table(rows[-1]), flush=True)
+        except RuntimeError as error:  # of CUDA, as a rule, after which this process can use the device no more
+            report.put("died", {"case": case.name, "error": str(error)[:500]})
+            print(f"{case.name}: {error}", flush=True)
+            break
+        report.put("rows", rows)
+        print(table(rows[-1]), flush=True)
+    report.put("left_out", [case.name for case in wanted[len(rows) :]])
 
 
-def training(report: Report, dry: bool, rounds: int, repeats: int) -> None:
+def training(report: Report, clock: Clock, dry: bool, rounds: int, repeats: int) -> None:
     """PC's training step beside backpropagation's."""
     rows: list[Any] = []
-    for row in training_rows(dry, rounds, repeats):
-        rows.append(row)
+    for case in clock.rows(training_cases(dry)):
+        rows.append(training_row(case, dry, rounds, repeats))
         report.put("training", rows)
-        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in row["seconds"].items()}
-        print(row["case"]["name"], ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()), flush=True)
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in rows[-1]["seconds"].items()}
+        print(case.name, ", ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()), flush=True)
 
 
 def table(row: dict[str, Any]) -> str:
@@ -189,29 +229,34 @@ def main() -> int:
     """The exit code says whether everything asked for was right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_gate", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for gpu_gate.json")
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--steps", default=",".join(SHARES), help=f"some of {','.join(SHARES)}")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5, help="of each method in a round")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: Triton's interpreter, tiny sizes")
     args = parser.parse_args()
     wanted = args.steps.split(",")
-    if not set(wanted) <= set(STEPS):
-        parser.error(f"--steps: wanted some of {','.join(STEPS)}, got {args.steps}")
+    if not set(wanted) <= set(SHARES):
+        parser.error(f"--steps: wanted some of {','.join(SHARES)}, got {args.steps}")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run goes the same way without one")
     command = " ".join(["python -m benchmarks.gpu_gate", *sys.argv[1:]])
     report = Report(args.out / "gpu_gate.json", {"command": command, "machine": where(), "dry_run": args.dry_run})
-    outside: dict[str, Callable[[], dict[str, Any]]] = {"build": build, "tests": tests, "sanitizer": sanitizer}
+    clock = Clock(60 * args.minutes)
+    outside: dict[str, Callable[[Clock], dict[str, Any]]] = {"build": build, "tests": tests, "sanitizer": sanitizer}
     for name, run in outside.items():
         if name in wanted and not args.dry_run:
-            report.put(name, run())
+            clock.begin(name)
+            report.put(name, run(clock))
             print(name, json.dumps(report.document[name])[:2000], flush=True)
     report.put("build_info", pck.build_info())
-    if "benchmark" in wanted:
-        benchmark(report, args.dry_run, args.rounds, args.repeats, args.only)
     if "training" in wanted:
-        training(report, args.dry_run, args.rounds, args.repeats)
+        clock.begin("training")
+        training(report, clock, args.dry_run, args.rounds, args.repeats)
+    if "benchmark" in wanted:
+        clock.begin("benchmark")
+        benchmark(report, clock, args.dry_run, args.rounds, args.repeats, args.only)
     return 0 if good(report.document) else 1
 
 
@@ -219,9 +264,8 @@ def good(document: dict[str, Any]) -> bool:
     """Nothing that ran was wrong. A sanitizer that was refused or tests cut short are on record, but not wrong."""
     steps = [document.get("build", {"rc": 0}), *document.get("tests", {}).values()]
     found = [entry for row in document.get("rows", []) for entry in row["accuracy"].values()]
-    return all(step["rc"] in (0, None) for step in steps) and all(
-        entry["passes"] and entry.get("bitwise_equal") for entry in found
-    )
+    right = all(entry["passes"] and entry.get("bitwise_equal") for entry in found)
+    return right and "died" not in document and all(step["rc"] in (0, None) for step in steps)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,25 +46,24 @@ def training_cases(dry: bool) -> list[Case]:
     return [Case(f"M1 B={batch} T=8", M1, batch, steps=8) for batch in (64, 128, 256, 1024)]
 
 
-def training_rows(dry: bool, rounds: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """A row per case: seconds of a step."""
+def training_row(case: Case, dry: bool, rounds: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a step, by each method."""
     device = "cpu" if dry else "cuda"
-    for case in training_cases(dry):
-        inputs = make(case, device=device)
-        wanted = [grad / case.batch for grad in truth_of(case, device).grads]
-        timers = {"BP": timer_of(BP(case, inputs), device)}
-        accuracy = {}
-        for variant in variants(device):
-            step = PCStep(case, make(case, device=device), variant)
-            step.gradients()
-            accuracy[variant.name] = [
-                relative(module.weight.grad, truth)  # type: ignore[arg-type]
-                for module, truth in zip(step.inputs.modules, wanted, strict=True)
-            ]
-            if max(accuracy[variant.name]) <= TOLERANCE[variant.precision]:
-                timers[f"PC {variant.name}"] = timer_of(step, device)
-        seconds: dict[str, list[float]] = {name: [] for name in timers}
-        for _ in range(rounds):
-            for name, timer in timers.items():
-                seconds[name] += timer(repeats)
-        yield {"case": asdict(case), "accuracy": accuracy, "seconds": seconds}
+    inputs = make(case, device=device)
+    wanted = [grad / case.batch for grad in truth_of(case, device).grads]
+    timers = {"BP": timer_of(BP(case, inputs), device)}
+    accuracy = {}
+    for variant in variants(device):
+        step = PCStep(case, make(case, device=device), variant)
+        step.gradients()
+        accuracy[variant.name] = [
+            relative(module.weight.grad, truth)  # type: ignore[arg-type]
+            for module, truth in zip(step.inputs.modules, wanted, strict=True)
+        ]
+        if max(accuracy[variant.name]) <= TOLERANCE[variant.precision]:
+            timers[f"PC {variant.name}"] = timer_of(step, device)
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seconds[name] += timer(repeats)
+    return {"case": asdict(case), "accuracy": accuracy, "seconds": seconds}

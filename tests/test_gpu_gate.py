@@ -122,6 +122,67 @@ def test_verdicts() -> None:
     assert {"passed": 20, "failed": 3, "skipped": 1}.items() <= gpu_gate.counted({"rc": 1, "tail": whole}).items()
 
 
+class Time:
+    """In place of the module: goes on when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_steps_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Time()
+    monkeypatch.setattr(gpu_gate, "time", time)
+    clock = gpu_gate.Clock(600)
+    for step, share in gpu_gate.SHARES.items():
+        clock.begin(step)
+        assert clock.left == pytest.approx(share * (600 - time.now))
+        time.now += 50
+    time.now = 700
+    clock.begin("benchmark")
+    assert clock.left == 1  # the rest still gets a moment, and fails for want of time on record
+
+
+def test_rows_end_while_there_is_time_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Time()
+    monkeypatch.setattr(gpu_gate, "time", time)
+    clock, cases, seen = gpu_gate.Clock(100), gpu_infer.cases(dry=False), []
+    clock.begin("benchmark")
+    for case, seconds in zip(clock.rows(cases), (30, 10, 20, 15), strict=False):
+        seen.append(case.name)
+        time.now += seconds
+    assert seen == [case.name for case in cases[:4]]
+    assert next(clock.rows(cases)) == cases[0]  # one row in any case
+    time.now = 60
+    rows = clock.rows(cases)
+    next(rows)
+    time.now = 90
+    assert list(rows) == []  # it took 30 seconds, and 10 are left
+
+
+def test_a_row_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"case": {"name": "one"}, "flops": 1.0, "seconds": {}, "accuracy": {}}
+    found = iter([first, RuntimeError("an illegal memory access")])
+
+    def measure(*arguments: object) -> object:
+        row = next(found)
+        if isinstance(row, Exception):
+            raise row
+        return row
+
+    monkeypatch.setattr(gpu_infer, "measure", measure)
+    monkeypatch.setattr(gpu_gate, "table", str)
+    report = gpu_gate.Report(tmp_path / "gpu_gate.json", {})
+    gpu_gate.benchmark(report, gpu_gate.Clock(100), dry=False, rounds=1, repeats=1, only="M1")
+    document = json.loads((tmp_path / "gpu_gate.json").read_text())
+    assert document["rows"] == [first]
+    assert document["died"] == {"case": "M1 B=256", "error": "an illegal memory access"}
+    assert document["left_out"][0] == "M1 B=256"
+    assert not gpu_gate.good(document)
+
+
 WRONG = [
     {"build": {"rc": 1}},
     {"tests": {"test_a.py": {"rc": 1}}},
