@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The compiled part of the build; everything else is in pyproject.toml.
 
-PC_KERNELS_BUILD=auto|cpu|cuda (default auto, which for now is cpu): whether the CUDA sources are joined in. `cuda`
-wants nvcc and a torch with CUDA, never a GPU, which a build machine need not have.
+PC_KERNELS_BUILD=auto|cpu|cuda (default auto): whether the CUDA sources are joined in. `cuda` wants nvcc and a torch
+with CUDA, never a GPU, which a build machine need not have; `auto` takes them where there are both, and goes on without
+them, with a warning, where they do not build.
 """
 
 import os
@@ -52,20 +53,24 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def mode() -> str:
+    """PC_KERNELS_BUILD."""
+    found = os.environ.get("PC_KERNELS_BUILD", "auto")
+    if found not in MODES:
+        sys.exit(f"PC_KERNELS_BUILD: wanted one of {', '.join(MODES)}, got {found!r}")
+    return found
+
+
 def with_cuda() -> bool:
-    """Whether to build the CUDA sources, by PC_KERNELS_BUILD."""
-    mode = os.environ.get("PC_KERNELS_BUILD", "auto")
-    if mode not in MODES:
-        sys.exit(f"PC_KERNELS_BUILD: wanted one of {', '.join(MODES)}, got {mode!r}")
+    """Whether to build the CUDA sources."""
     missing = why_no_cuda()
-    if mode == "cuda" and missing is not None:
+    if mode() == "cuda" and missing is not None:
         sys.exit(f"PC_KERNELS_BUILD=cuda: wanted a CUDA build, but {missing}")
-    return mode == "cuda"  # "auto" leaves CUDA out until a GPU has run it: an unproved build must not break an install
+    return mode() != "cpu" and missing is None
 
 
-def extension() -> Extension:
+def extension(cuda: bool) -> Extension:
     """The one extension module, pc_kernels._C."""
-    cuda = with_cuda()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     macros: list[tuple[str, str | None]] = [("PC_KERNELS_VERSION", version), ("PC_KERNELS_TORCH", torch.__version__)]
     # Nobody reads errno or traps; without the second flag no loop with a select vectorises. Unlike -ffast-math they
@@ -74,7 +79,7 @@ def extension() -> Extension:
     flags.append("-Wno-unused-parameter")  # as torch itself: its headers would drown ours
     if sys.platform == "linux":
         flags.append("-fopenmp")  # the OpenMP runtime is torch's own: same soname, loaded first
-    compile_args = {"cxx": flags, "nvcc": ["-O3"]}
+    compile_args = {"cxx": flags, "nvcc": ["-O3", "--threads=4"]}  # architectures side by side
     link_args = ["-fopenmp"] if sys.platform == "linux" else []
     here = ("csrc", "csrc/cpu")
     sources = sorted(str(path.relative_to(ROOT)) for folder in here for path in (ROOT / folder).glob("*.cpp"))
@@ -89,4 +94,19 @@ def extension() -> Extension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class Build(BuildExtension):
+    """torch's, which in `auto` goes on without CUDA sources that do not build."""
+
+    def build_extensions(self) -> None:
+        """As setuptools has it."""
+        try:
+            super().build_extensions()
+        except Exception as error:  # of nvcc, its host compiler, versions that do not go together
+            if mode() != "auto" or not any(path.endswith(".cu") for path in self.extensions[0].sources):
+                raise
+            print(f"pc-kernels: warning: built without CUDA, which failed: {error}", file=sys.stderr)
+            vars(self.extensions[0]).update(vars(extension(cuda=False)))  # setuptools has marks of its own on it
+            super().build_extensions()
+
+
+setup(ext_modules=[extension(with_cuda())], cmdclass={"build_ext": Build})

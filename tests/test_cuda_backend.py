@@ -9,11 +9,13 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cuda_host
 import pytest
 import setuptools
 import torch
+from setuptools.command.build_ext import build_ext
 from torch.utils import cpp_extension
 
 import pc_kernels as pck
@@ -98,24 +100,29 @@ def test_asked_for_by_name_it_refuses() -> None:
 TOOLKIT = next((path for path in map(Path, ("/usr/local/cuda/include",)) if (path / "cuda_runtime.h").exists()), None)
 
 
-def _extension(monkeypatch: pytest.MonkeyPatch, **environment: str) -> setuptools.Extension:
+def _setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
     """What setup.py asks for on a machine with nvcc and a torch with CUDA."""
-    found: list[setuptools.Extension] = []
+    found: dict[str, Any] = {}
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(TOOLKIT.parent if TOOLKIT else None))
-    monkeypatch.setattr(setuptools, "setup", lambda ext_modules, cmdclass: found.extend(ext_modules))
+    monkeypatch.setattr(setuptools, "setup", lambda **asked: found.update(asked))
     for name in ("TORCH_CUDA_ARCH_LIST", "PC_KERNELS_BUILD"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     runpy.run_path(str(cuda_host.ROOT / "setup.py"), run_name="__main__")
-    return found[0]
+    return found
+
+
+def _extension(monkeypatch: pytest.MonkeyPatch, **environment: str) -> setuptools.Extension:
+    return _setup(monkeypatch, **environment)["ext_modules"][0]
 
 
 @pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
-def test_a_cuda_build_takes_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda")
+@pytest.mark.parametrize("mode", ["cuda", "auto"])
+def test_a_cuda_build_takes_every_source(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD=mode)
     folder = cuda_host.ROOT / "csrc" / "cuda"
     assert {f"csrc/cuda/{path.name}" for path in folder.glob("*.c*") if path.suffix in (".cu", ".cpp")} <= {
         *extension.sources
@@ -130,10 +137,44 @@ def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "9.0a_12.0"
 
 
-@pytest.mark.parametrize("mode", ["cpu", "auto"])
-def test_a_cpu_build_has_no_cuda_source(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = _extension(monkeypatch, PC_KERNELS_BUILD=mode)
-    assert not any("cuda" in source for source in extension.sources)
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
+def test_a_cpu_build_has_no_cuda_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _takes_cuda(_extension(monkeypatch, PC_KERNELS_BUILD="cpu"))
+
+
+def test_auto_does_without_what_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("test_cuda_backend.TOOLKIT", tmp_path / "include")
+    assert not _takes_cuda(_extension(monkeypatch))
+
+
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
+@pytest.mark.parametrize("mode", ["cuda", "auto"])
+def test_cuda_sources_that_do_not_build(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`auto` goes on without them and says why; `cuda` is an error."""
+    built = []
+
+    def build(self: build_ext) -> None:
+        built.append(_takes_cuda(self.extensions[0]))
+        if built[-1]:
+            raise RuntimeError("nvcc is too old")
+
+    asked = _setup(monkeypatch, PC_KERNELS_BUILD=mode)
+    monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", build)
+    command = asked["cmdclass"]["build_ext"](setuptools.Distribution())
+    command.extensions = asked["ext_modules"]
+    if mode == "cuda":
+        with pytest.raises(RuntimeError, match="nvcc is too old"):
+            command.build_extensions()
+        return
+    command.build_extensions()
+    assert built == [True, False]
+    assert "built without CUDA, which failed: nvcc is too old" in capfd.readouterr().err
+
+
+def _takes_cuda(extension: setuptools.Extension) -> bool:
+    return any("cuda" in source for source in extension.sources) or ("PC_WITH_CUDA", None) in extension.define_macros
 
 
 TORCH = Path(torch.__file__).parent / "include"
