@@ -6,6 +6,8 @@ PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# the CUDA sources take long to compile: only where there is a GPU to run them
+export PC_KERNELS_BUILD ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo auto || echo cpu)
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench sanitize clean
