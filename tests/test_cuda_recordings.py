@@ -92,6 +92,12 @@ def test_a_replay_finds_what_is_not_finite(run: Run) -> None:
     run()
 
 
+def test_recorded_in_inference_mode_it_serves_outside(run: Run) -> None:
+    with torch.inference_mode():
+        run(), run()
+    assert torch.equal(run().deltas[0], run().deltas[0])
+
+
 def test_the_most_recent_kinds_are_kept(run: Run, recorded: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_recordings, "KEPT", 2)
     for batch in (4, 5, 4, 5, 4):

@@ -195,6 +195,27 @@ def test_inductor(gen: torch.Generator) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_replayed_by_torch_compile(infer_backend: str, gen: torch.Generator) -> None:
+    """mode="reduce-overhead": a warm-up in the memory of its graphs, a capture, replays (on the CPU compiled code)."""
+    if infer_backend == "reference":
+        pytest.skip("nothing of it is compiled or kept")
+    weights = [inputs.normal(gen, 6, 4).float(), inputs.normal(gen, 3, 6).float()]
+
+    def deltas(x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        layers = [pck.Layer(weights[0], activation="tanh"), pck.Layer(weights[1])]
+        found = pck.infer(x, layers, target=target, steps=4)
+        return (*found.deltas, pck.layer_energies([found.phis[0]], [2 * found.phis[0]], ["gaussian"]))
+
+    compiled = torch.compile(deltas, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):
+        x, target = inputs.normal(gen, 5, 4).float(), inputs.normal(gen, 5, 3).float()
+        got = [tensor.clone() for tensor in compiled(x, target)]  # the next call takes its memory
+        for mine, right in zip(got, deltas(x, target), strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_gradients_through_a_compiled_energy(gen: torch.Generator) -> None:
     phi, mu = inputs.normal(gen, 3, 4).requires_grad_(), inputs.normal(gen, 3, 4).requires_grad_()
     compiled = torch.compile(lambda a, b: _energies(a, b).sum(), fullgraph=True, backend="aot_eager")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pc_kernels.backends.lasting import lasting
 from pc_kernels.backends.reference_infer import Arguments
 
 KEPT = 8
@@ -44,7 +45,7 @@ def run(op: Callable[..., tuple[Any, ...]], arguments: Sequence[Any], device: to
     with _lock:
         came, recording = key in _recordings, _recordings.get(key)
         if came:
-            recording = recording or Recording(op, arguments, device)
+            recording = recording or lasting(lambda: Recording(op, arguments, device), device)
             _keep(key, recording)
     if recording is not None:
         return recording.run(list(_tensors(arguments)))
@@ -74,8 +75,7 @@ class Recording:
     def __init__(self, op: Callable[..., tuple[Any, ...]], arguments: Sequence[Any], device: torch.device):
         self.device = device
         self._lock = Lock()
-        given = [tensor.detach() for tensor in _tensors(arguments)]
-        self._given = [tensor.clone(memory_format=torch.contiguous_format) for tensor in given]
+        self._given = [tensor.clone(memory_format=torch.contiguous_format) for tensor in _tensors(arguments)]
         own = _with(arguments, iter(self._given))
         self._found, self._replay = record(lambda: op(*own), device)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pc_kernels import checks
 from pc_kernels.backends import triton_launches
+from pc_kernels.backends.lasting import lasting
 from pc_kernels.backends.reference_infer import Arguments
 from pc_kernels.backends.triton_infer_call import Call
 from pc_kernels.backends.triton_infer_copy import SLOTS, WORDS, collect_kernel, encoded, pack_kernel, upload_kernel
@@ -65,7 +66,7 @@ class Plan:
         self._nvidia = not INTERPRETED and torch.version.hip is None
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.work = torch.zeros(layout.size, dtype=torch.float32, device=device)
+        self.work = self._workspace()
         self.signals = self._view(layout.signals_at, torch.int32)
         self._stages = self._view(layout.stages_at, torch.int32)
         self._table = self._view(layout.table_at, torch.int64)
@@ -76,6 +77,12 @@ class Plan:
         self._packs = [(copy, self._tables_of(copy)) for copy in layout.packs]
         self._collects = [(copy, self._tables_of(copy)) for copy in layout.collects]
         self._upload()
+
+    def _workspace(self) -> Tensor:
+        def zeros() -> Tensor:
+            return torch.zeros(self.layout.size, dtype=torch.float32, device=self.device)
+
+        return lasting(zeros, self.device) if self._keeps else zeros()
 
     @property
     def bytes(self) -> int:

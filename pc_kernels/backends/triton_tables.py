@@ -19,6 +19,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from pc_kernels.backends.lasting import lasting
+
 KEPT = 256
 
 
@@ -108,7 +110,7 @@ def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         table = _tables.get(key)
         if table is None:
             host = torch.tensor(rows, dtype=torch.int64).pin_memory()  # torch keeps it until the copy is done
-            table = _tables[key] = host.to(device, non_blocking=True)
+            table = _tables[key] = lasting(lambda: host.to(device, non_blocking=True), device)
         _tables.move_to_end(key)
         while len(_tables) > KEPT:
             _tables.popitem(last=False)  # its memory goes to later work on the same stream
