@@ -40,7 +40,7 @@ SHARES = {
     "benchmark": 1.0,
 }  # of the time left by then
 TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # the time goes into compiling kernels, on the CPU
-SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS, FINDINGS = ("memcheck", "racecheck"), 9  # and the exit code that says that there are any
 
 
 class Clock:
@@ -177,7 +177,7 @@ def sanitizer(clock: Clock) -> dict[str, Any]:
     environment = {"PYTHONPATH": f"python{os.pathsep}.", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     shell(command, 0.4 * clock.left, **environment)  # compiles the kernels outside the tool
     for name, share in zip(SANITIZERS, (0.5, 1.0), strict=True):
-        under = [tool, "--tool", name, "--error-exitcode", "9", *command]
+        under = [tool, "--tool", name, "--error-exitcode", str(FINDINGS), *command]
         watched[name] = shell(under, share * clock.left, **environment)
     return watched
 
@@ -264,6 +264,10 @@ def good(document: dict[str, Any]) -> bool:
     """Nothing that ran was wrong. A sanitizer that was refused or tests cut short are on record, but not wrong."""
     steps = [document.get("build", {"rc": 0}), *document.get("tests", {}).values()]
     found = [entry for row in document.get("rows", []) for entry in row["accuracy"].values()]
+    # a tool that cannot run here ends before gpu_small says anything
+    watched = [run for run in document.get("sanitizer", {}).values() if isinstance(run, dict)]
+    if any(run["rc"] == FINDINGS or "Traceback" in run["tail"] for run in watched):
+        return False
     right = all(entry["passes"] and entry.get("bitwise_equal") for entry in found)
     return right and "died" not in document and all(step["rc"] in (0, None) for step in steps)
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define PC_HD __host__ __device__ __forceinline__
@@ -77,7 +78,7 @@ struct Prim<double> : ScalarPrim<double> {
 // float on the host: without branches or tables, so that loops over them vectorise; within 1.5 ulp, tanh 2.5.
 namespace host {
 
-constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682e-6f, kInf = INFINITY;
+constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682e-6f, kInf = std::numeric_limits<float>::infinity();
 constexpr uint32_t kSqrtHalf = 0x3f3504f3, kOne = 0x3f800000, kMantissa = 0x7fffff;
 
 PC_HD uint32_t bits(float x) {

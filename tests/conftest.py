@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_host.layers
@@ -88,21 +89,21 @@ def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not on_gpu:
         monkeypatch.setattr(cuda_backend, "supports", lambda op, tensors: None)
         monkeypatch.setattr(cuda_infer, "_ops", lambda: cuda_host.layers.EmulatedLayers)
-        monkeypatch.setattr(cuda_infer, "_has_clusters", lambda device: True)
+        monkeypatch.setattr(cuda_infer, "_cluster_device_refusal", lambda device: None)
         monkeypatch.setattr(cuda_recordings, "record", _recorded)
     with torch.device("cuda" if on_gpu else "cpu"):
         yield
 
 
-def _recorded(launches: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
-    """As `cuda_recordings.record`: the same memory is filled anew."""
+def _recorded(launches: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+    """As `lasting.record`: the same memory is filled anew."""
     found = launches()
 
     def replay() -> None:
         for own, new in zip(cuda_recordings._tensors(found), cuda_recordings._tensors(launches()), strict=True):
             own.copy_(new)
 
-    return found, replay
+    return found, SimpleNamespace(replay=replay)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

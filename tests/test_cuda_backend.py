@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import runpy
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cuda_host
@@ -20,18 +22,24 @@ from torch.utils import cpp_extension
 
 import pc_kernels as pck
 from pc_kernels import dispatch
-from pc_kernels.backends import cuda_backend, native
+from pc_kernels.backends import cuda_backend, cuda_infer, native
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """As if the extension had been built with CUDA and a GPU were there."""
-    cuda_backend.unavailable_reason.cache_clear()
+    _forget()
     monkeypatch.setattr(native, "unavailable_reason", lambda: None)
     monkeypatch.setattr(native, "build_info", lambda: {"cuda_architectures": ["8.0"]})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     yield monkeypatch
-    cuda_backend.unavailable_reason.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    for known in (cuda_backend.unavailable_reason, cuda_backend.device_reason, cuda_backend.code_for):
+        known.cache_clear()
+    cuda_infer._cluster_device_refusal.cache_clear()
 
 
 def test_what_is_missing_is_named(built: pytest.MonkeyPatch) -> None:
@@ -57,11 +65,19 @@ class OnDevice:
         self.dtype = dtype
 
 
+def _gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], shared: int = 227) -> None:
+    """A GPU of this compute capability, with so many KB of shared memory a block."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=shared << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "says"),
     [
-        ((9, 0), torch.float32, None),
+        ((9, 0), torch.float32, "built for 8.0, and cuda:0 has compute capability 9.0; build it with TORCH_CUDA_ARCH"),
         ((8, 0), torch.bfloat16, None),
+        ((8, 6), torch.float32, None),
         ((9, 0), torch.float64, "a tensor is float64"),
         ((7, 5), torch.float32, "compute capability 8.0, and cuda:0 has 7.5"),
     ],
@@ -69,21 +85,58 @@ class OnDevice:
 def test_dtypes_and_devices(
     built: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, says: str | None
 ) -> None:
-    built.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    cuda_backend._old_device.cache_clear()
+    _gpu(built, capability)
     why = cuda_backend.supports("update_phi_", [OnDevice(dtype)])  # type: ignore[list-item]
-    cuda_backend._old_device.cache_clear()
     assert (why is None) if says is None else (says in (why or ""))
 
 
 def test_what_infer_needs(built: pytest.MonkeyPatch) -> None:
-    built.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    cuda_backend._old_device.cache_clear()
+    _gpu(built, (7, 5))
     x = [OnDevice(torch.float32)]
     assert "needs compute capability 8.0" in (cuda_backend.supports("infer", x) or "")  # type: ignore[arg-type]
     assert "not written" in (cuda_backend.supports("infer with tol", x) or "")  # type: ignore[arg-type]
     assert "takes float32" in (cuda_backend.supports("infer", [OnDevice(torch.bfloat16)]) or "")  # type: ignore[list-item]
-    cuda_backend._old_device.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "takes"),
+    [
+        ("8.0 9.0a 10.0+PTX", (8, 0), (8, 0)),
+        ("8.0 9.0a 10.0+PTX", (8, 9), (8, 0)),
+        ("8.0 9.0a 10.0+PTX", (9, 0), (9, 0)),
+        ("8.0 9.0a 10.0+PTX", (10, 3), (10, 0)),
+        ("8.0 9.0a 10.0+PTX", (12, 0), (10, 0)),
+        ("8.0+PTX", (9, 0), (8, 0)),  # compiled by the driver, from code without clusters
+        ("9.0a", (10, 0), None),
+        ("9.0a+PTX", (12, 0), None),
+        ("8.6", (8, 0), None),
+        ("8.0 8.6", (8, 9), (8, 6)),
+        ("10.0f", (10, 3), (10, 0)),
+        ("10.0f+PTX", (12, 0), None),
+        ("12.0", (12, 1), (12, 0)),
+    ],
+)
+def test_which_code_a_gpu_takes(architectures: str, capability: tuple[int, int], takes: tuple[int, int] | None) -> None:
+    assert cuda_backend.taken(architectures.split(), capability) == takes
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "shared", "says"),
+    [
+        ("9.0a", (9, 0), 227, None),
+        ("8.0 10.0+PTX", (10, 0), 227, None),
+        ("8.0", (8, 6), 99, "a GPU has from compute capability 9.0 on"),
+        ("8.0+PTX", (9, 0), 227, "no code with thread block clusters for this GPU"),
+        ("10.0+PTX", (12, 0), 99, "227 KB of shared memory a block, and this GPU has 99 KB"),
+    ],
+)
+def test_what_the_cluster_kernel_needs_of_a_gpu(
+    built: pytest.MonkeyPatch, architectures: str, capability: tuple[int, int], shared: int, says: str | None
+) -> None:
+    _gpu(built, capability, shared)
+    built.setattr(native, "build_info", lambda: {"cuda_architectures": architectures.split()})
+    why = cuda_infer._cluster_device_refusal(OnDevice.device)
+    assert (why is None) if says is None else (says in (why or ""))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -100,10 +153,10 @@ def test_asked_for_by_name_it_refuses() -> None:
 TOOLKIT = next((path for path in map(Path, ("/usr/local/cuda/include",)) if (path / "cuda_runtime.h").exists()), None)
 
 
-def _setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
+def _setup(monkeypatch: pytest.MonkeyPatch, cuda: str = "13.0", **environment: str) -> dict[str, Any]:
     """What setup.py asks for on a machine with nvcc and a torch with CUDA."""
     found: dict[str, Any] = {}
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(TOOLKIT.parent if TOOLKIT else None))
     monkeypatch.setattr(setuptools, "setup", lambda **asked: found.update(asked))
     for name in ("TORCH_CUDA_ARCH_LIST", "PC_KERNELS_BUILD"):
@@ -132,9 +185,40 @@ def test_a_cuda_build_takes_every_source(mode: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
-def test_architectures_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0a 12.0")
-    assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "9.0a_12.0"
+@pytest.mark.parametrize(
+    ("given", "listed"),
+    [
+        ("9.0a 12.0", "9.0a_12.0"),
+        ("7.5 8.0;8.6+PTX", "8.0_8.6+PTX"),
+        ("Ampere", "8.0_8.6+PTX"),
+        ("", "8.0_9.0a_10.0+PTX"),
+    ],
+)
+def test_architectures_of_the_environment(given: str, listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch reads the list, but for what is too old; torch is told the same."""
+    extension = _extension(monkeypatch, PC_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST=given)
+    assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == listed
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == listed.replace("_", ";")
+
+
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
+@pytest.mark.parametrize(("given", "says"), [("7.5", "has nothing from 8.0 on"), ("Vega", "is not understood")])
+def test_architectures_that_cannot_be(given: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=says):
+        _extension(monkeypatch, PC_KERNELS_BUILD="cuda", TORCH_CUDA_ARCH_LIST=given)
+    assert not _takes_cuda(_extension(monkeypatch, PC_KERNELS_BUILD="auto", TORCH_CUDA_ARCH_LIST=given))
+
+
+@pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")
+def test_an_older_toolkit_knows_fewer_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = _extension(monkeypatch, cuda="12.6")
+    assert dict(extension.define_macros)["PC_KERNELS_CUDA_ARCHITECTURES"] == "8.0_9.0+PTX_9.0a"
+
+
+def test_flags_of_another_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Microsoft's stops at gcc's warnings."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert _extension(monkeypatch, PC_KERNELS_BUILD="cpu").extra_compile_args["cxx"] == ["/O2"]
 
 
 @pytest.mark.skipif(TOOLKIT is None, reason="the CUDA toolkit is not installed")

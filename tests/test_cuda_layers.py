@@ -256,6 +256,17 @@ def test_auto_takes_it_where_it_is_the_fastest(
         assert (cuda_infer.declines(arguments, triton) is None) is (precision != "fp32")
 
 
+def test_more_layers_than_it_takes(gen: torch.Generator, layers: Layers) -> None:
+    """`auto` passes it over; asked for by name it says why."""
+    nodes = test_precision._float32([inputs.node("gaussian", gen, 3, 3, "tanh") for _ in range(host.MAX_LAYERS + 1)])
+    problem = Problem(torch.zeros(2, 3), layers(nodes), None, None, None, None, None)
+    assert "at most 16 layers" in (
+        cuda_infer.declines((*problem.arguments(), 1, 0.1, 0.0, -1.0, "fp32", False), False) or ""
+    )
+    with pck.use_backend("cuda"), pytest.raises(pck.BackendUnavailable, match="at most 16 layers, and there are 17"):
+        pck.infer(torch.zeros(2, 3), layers(nodes), steps=1)
+
+
 def test_a_schedule_asked_for_is_taken_or_refused(gen: torch.Generator, layers: Layers) -> None:
     assert "two launches a step" in _explained(4, 8, "bf16", layers, gen)
     with cuda_infer.use_schedule(cuda_infer.CLUSTER), pytest.raises(pck.BackendUnavailable, match="bf16 only"):

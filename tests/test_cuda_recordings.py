@@ -103,11 +103,36 @@ def test_the_most_recent_kinds_are_kept(run: Run, recorded: list[None], monkeypa
     for batch in (4, 5, 4, 5, 4):
         run(batch)
     assert len(recorded) == 2
-    run(6), run(5)
-    assert len(recorded) == 2, "5 was the least recently used, and came as a new kind"
+    run(6), run(6), run(5)
+    assert len(recorded) == 3, "5 was the least recently used, and comes as a new kind"
     assert len(cuda_recordings._recordings) == 2
     pck.clear_plans()
     assert not cuda_recordings._recordings
+    run(4)
+    assert len(recorded) == 3
+
+
+def test_kinds_that_come_once_push_no_recording_out(run: Run, recorded: list[None]) -> None:
+    run(), run()
+    for i in range(cuda_recordings.NOTED + 2):
+        run(lr=0.01 + 1e-4 * i)
+    run()
+    assert len(recorded) == 1
+    assert len(cuda_recordings._once) == cuda_recordings.NOTED
+
+
+def test_without_memory_for_copies_the_call_runs_itself(
+    run: Run, recorded: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    first = run()
+    with monkeypatch.context() as context:
+        context.setattr(cuda_recordings, "record", full)
+        assert torch.equal(run().deltas[0], first.deltas[0])
+    run()
+    assert len(recorded) == 1
 
 
 def test_a_call_that_fails_is_not_recorded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +153,7 @@ def test_a_call_that_fails_is_not_recorded(run: Run, monkeypatch: pytest.MonkeyP
         ({"batch": 1024}, True),
         ({"on_gpu": False}, False),
         ({"capturing": True}, False),
+        ({"uncached": True}, False),
         ({"steps": 1}, False),
         ({"batch": 0}, False),
         ({"batch": 4096}, False),
@@ -136,7 +162,8 @@ def test_a_call_that_fails_is_not_recorded(run: Run, monkeypatch: pytest.MonkeyP
 )
 def test_which_calls_are_recorded(changed: dict[str, int], served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's network up to B = 1024; not what takes long anyhow."""
-    sizes = {"batch": 64, "width": 512, "steps": 32, "on_gpu": True, "capturing": False, **changed}
+    sizes = {"batch": 64, "width": 512, "steps": 32, "on_gpu": True, "capturing": False, "uncached": False, **changed}
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1" if sizes["uncached"] else "")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: sizes["capturing"])
     widths = (784, sizes["width"], sizes["width"], sizes["width"], 10)
     weights = [torch.empty(out, into, device="meta") for into, out in pairwise(widths)]

@@ -184,6 +184,8 @@ def test_a_row_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 WRONG = [
+    {"sanitizer": {"memcheck": {"rc": 9, "tail": "ERROR SUMMARY: 1 error"}}},
+    {"sanitizer": {"racecheck": {"rc": 1, "tail": "Traceback (most recent call last):"}}},
     {"build": {"rc": 1}},
     {"tests": {"test_a.py": {"rc": 1}}},
     {"rows": [{"accuracy": {"k": {"passes": False}}}]},
@@ -197,6 +199,7 @@ def test_what_is_wrong_fails_the_gate(document: dict) -> None:
     right = {
         "build": {"rc": 0},
         "tests": {"a": {"rc": None}},
+        "sanitizer": {"refused": "it is not installed", "memcheck": {"rc": 255, "tail": "Device not supported"}},
         "rows": [{"accuracy": {"k": {"passes": True, "bitwise_equal": True}}}],
     }
     assert gpu_gate.good(right)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pc_kernels.backends.lasting import lasting
+from pc_kernels.backends.lasting import elsewhere, lasting
 
 TREES = "torch._inductor.cudagraph_trees"
 GPU = SimpleNamespace(type="cuda")
@@ -42,6 +42,12 @@ def test_as_a_rule_this_thread_makes_it(
         monkeypatch.delitem(sys.modules, TREES)
     assert lasting(get_ident, SimpleNamespace(type=device)) == get_ident()  # type: ignore[arg-type]
     assert streams == []
+
+
+def test_elsewhere_is_another_thread_on_a_gpu(streams: list) -> None:
+    assert elsewhere(get_ident, SimpleNamespace(type="cpu")) == get_ident()  # type: ignore[arg-type]
+    assert elsewhere(get_ident, GPU) != get_ident()  # type: ignore[arg-type]
+    assert [which for which, _ in streams] == ["stream of cuda"]
 
 
 def test_beside_graphs_of_torch_compile_another_does(streams: list, monkeypatch: pytest.MonkeyPatch) -> None:

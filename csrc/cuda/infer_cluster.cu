@@ -199,14 +199,20 @@ __global__ void __launch_bounds__(kThreads, 1) cluster_kernel(const __grid_const
   else ClusterBody<Cta>(cta, run, blockIdx.x / kCluster).solve();
 }
 
-#else  // this chip has no clusters; the launcher says so
+#else  // this chip has no clusters, and nobody launches it there: cuda_infer.py looks at what the build holds for the chip
 
 template <bool Bare>
-__global__ void cluster_kernel(const __grid_constant__ ClusterRun) {}
+__global__ void cluster_kernel(const __grid_constant__ ClusterRun) {
+  __trap();
+}
 
 #endif
 
-const char* said_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const char* said_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch of anyone would find it
+  return cudaGetErrorString(error);
+}
 
 }  // namespace
 
@@ -217,11 +223,11 @@ const char* infer_cluster(const ClusterRun& run, void* stream) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return said_of(error);
   if (major < 9) return "the cluster-resident kernel needs thread block clusters, which a GPU has from compute capability 9.0 on";
   const auto kernel = is_bare(run) ? cluster_kernel<true> : cluster_kernel<false>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(run.plan.bytes));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return said_of(error);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;

@@ -55,21 +55,44 @@ def supports(op: str, tensors: Sequence[Tensor | None]) -> str | None:
     if tensor.dtype not in _DTYPES:
         name = str(tensor.dtype).removeprefix("torch.")
         return f"it computes in float32, from float32 or bfloat16, and a tensor is {name}"
-    return _infer_reason(tensor) if op in INFER else _old_device(tensor.device, OLDEST)
-
-
-def _infer_reason(x: Tensor) -> str | None:
-    if x.dtype != torch.float32:
-        return f"infer takes float32, and a tensor is {str(x.dtype).removeprefix('torch.')}"
-    return _old_device(x.device, OLDEST)
+    if op in INFER and tensor.dtype != torch.float32:
+        return f"infer takes float32, and a tensor is {str(tensor.dtype).removeprefix('torch.')}"
+    return device_reason(tensor.device)
 
 
 @cache
-def _old_device(device: torch.device, oldest: tuple[int, int]) -> str | None:
+def device_reason(device: torch.device) -> str | None:
+    """None if the build holds code that this GPU runs, otherwise why not."""
     capability = torch.cuda.get_device_capability(device)
-    if capability >= oldest:
+    if capability < OLDEST:
+        return f"it needs compute capability {_dotted(OLDEST)}, and {device} has {_dotted(capability)}"
+    if code_for(device) is not None:
         return None
-    return f"it needs compute capability {_dotted(oldest)}, and {device} has {_dotted(capability)}"
+    built = ", ".join(native.build_info()["cuda_architectures"])
+    return (
+        f"it was built for {built}, and {device} has compute capability {_dotted(capability)}; "
+        f"build it with TORCH_CUDA_ARCH_LIST={_dotted(capability)}"
+    )
+
+
+@cache
+def code_for(device: torch.device) -> tuple[int, int] | None:
+    """The architecture whose code the driver takes on this GPU; None: the build holds none for it."""
+    return taken(native.build_info()["cuda_architectures"], torch.cuda.get_device_capability(device))
+
+
+def taken(architectures: Sequence[str], capability: tuple[int, int]) -> tuple[int, int] | None:
+    """Of a build for these, as "9.0a" or "10.0+PTX": machine code of the same major version before PTX of an older one;
+    what ends in a letter holds features of one chip (f: of one family)."""
+    machine, virtual = [], []
+    for name in architectures:
+        number, plus, _ = name.partition("+")
+        arch = (int(number.rstrip("af").split(".")[0]), int(number.rstrip("af").split(".")[1]))
+        same_family = arch[0] == capability[0] and arch[1] <= capability[1]
+        fits = arch == capability if number.endswith("a") else same_family
+        machine += [arch] if fits else []
+        virtual += [arch] if plus and (fits or (not number[-1].isalpha() and arch <= capability)) else []
+    return max(machine or virtual, default=None)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

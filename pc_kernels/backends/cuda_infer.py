@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pc_kernels import checks
-from pc_kernels.backends import cuda_recordings
+from pc_kernels.backends import cuda_backend, cuda_recordings
 from pc_kernels.backends.reference_infer import Arguments
 from pc_kernels.dispatch import BACKENDS
 from pc_kernels.errors import BackendUnavailable
@@ -26,6 +26,9 @@ from pc_kernels.schedule import Cone, sources
 
 NEVER = 2**62
 LAYERS, CLUSTER = "two launches a step", "cluster-resident"
+CLUSTERS_FROM, OLDER = (9, 0), (0, 0)  # compute capability
+CLUSTER_SHARED = 227 << 10  # bytes a block; cluster_plan.h's, and what is in reserve
+MOST_LAYERS = 16  # cluster_plan.h's kMaxLayers
 CLUSTER_BATCH = 120  # 15 clusters of 8 samples run at a time on an H200; beyond, they take turns
 
 _wanted: ContextVar[str | None] = ContextVar("pc_kernels_cuda_schedule", default=None)
@@ -48,8 +51,18 @@ def _ops() -> Any:
     return torch.ops.pc_kernels_native
 
 
-def _has_clusters(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+@cache
+def _cluster_device_refusal(device: torch.device) -> str | None:
+    """Why the cluster-resident kernel cannot run on this GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < CLUSTERS_FROM:
+        return "it needs thread block clusters, which a GPU has from compute capability 9.0 on"
+    if (cuda_backend.code_for(device) or OLDER) < CLUSTERS_FROM:
+        return "the build holds no code with thread block clusters for this GPU (TORCH_CUDA_ARCH_LIST)"
+    has = properties.shared_memory_per_block_optin
+    if has < CLUSTER_SHARED:
+        return f"it is planned for {CLUSTER_SHARED >> 10} KB of shared memory a block, and this GPU has {has >> 10} KB"
+    return None
 
 
 def cluster_refusal(args: Arguments) -> str | None:
@@ -58,8 +71,9 @@ def cluster_refusal(args: Arguments) -> str | None:
         return f"it has products of bf16 only, and {args.precision} is asked for"
     if args.trace:
         return "it keeps the states on the chip and leaves no trace of the energies"
-    if not _has_clusters(args.x.device):
-        return "it needs thread block clusters, which a GPU has from compute capability 9.0 on"
+    device = _cluster_device_refusal(args.x.device)
+    if device is not None:
+        return device
     widths = [weight.shape[0] for weight in args.weights]
     lists = (widths, args.activations, args.energies, args.feeds, args.rules, args.clamped)
     return _chain_refusal(*map(tuple, lists), args.momentum)
@@ -75,6 +89,8 @@ def refusal(args: Arguments) -> str | None:
     """Why neither schedule can run this call."""
     if args.tol >= 0:
         return "it runs all steps: tol is not written in it"
+    if len(args.weights) > MOST_LAYERS:
+        return f"it takes at most {MOST_LAYERS} layers, and there are {len(args.weights)}"
     for l, (energy, activation) in enumerate(zip(args.energies, args.activations, strict=True), 1):
         if energy == "categorical" and activation == "softmax":
             return f"node {l}: softmax before a categorical node, whose softmax it has already, is not written in it"

@@ -3,7 +3,7 @@
 
 A `Recording` is one call of the op `infer_layers` as a graph that works on tensors of its own; a run copies the
 caller's tensors in, replays, and copies the results out. A kind of call (everything but the tensors' contents) is
-recorded when it comes for the second time, so that a single call costs nothing more. The KEPT most recent kinds stay.
+recorded when it comes for the second time, so that a single call costs nothing more; the most recent ones stay.
 
 Two runs of a recording must not overlap: a lock orders the threads, and each stream has recordings of its own. While
 the caller captures a graph himself, the launches become part of that graph.
@@ -11,6 +11,7 @@ the caller captures a graph himself, the launches become part of that graph.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
@@ -19,21 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pc_kernels.backends.lasting import lasting
+from pc_kernels.backends.lasting import elsewhere, record
 from pc_kernels.backends.reference_infer import Arguments
 
-KEPT = 8
+KEPT, NOTED = 8, 64  # recordings, and kinds that came once
 # Beyond these a launch takes the GPU longer than the CPU, and a recording would keep much memory
 MOST_STATES = 1 << 21  # entries of all nodes: M1 at B = 1024 has 1.6 million
 MOST_WEIGHTS = 1 << 23
 
-_recordings: OrderedDict[Any, Recording | None] = OrderedDict()  # None: came once. The least recently used first
+_recordings: OrderedDict[Any, Recording] = OrderedDict()  # the least recently used first
+_once: OrderedDict[Any, None] = OrderedDict()
 _lock = Lock()
 
 
 def serves(args: Arguments) -> bool:
     """Whether calls like this one are recorded."""
     if not args.x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return False
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):  # torch then allocates nothing while it captures
         return False
     states = args.x.shape[0] * sum(weight.shape[0] for weight in args.weights)
     return args.steps > 1 and 0 < states <= MOST_STATES and sum(w.numel() for w in args.weights) <= MOST_WEIGHTS
@@ -43,28 +47,36 @@ def run(op: Callable[..., tuple[Any, ...]], arguments: Sequence[Any], device: to
     """`op(*arguments)`, by a recording from its second call on."""
     key = (device, _stream(device), _kind(arguments))
     with _lock:
-        came, recording = key in _recordings, _recordings.get(key)
-        if came:
-            recording = recording or lasting(lambda: Recording(op, arguments, device), device)
-            _keep(key, recording)
+        recording = _recorded(key, op, arguments, device)
     if recording is not None:
         return recording.run(list(_tensors(arguments)))
     found = op(*arguments)
     with _lock:
-        _keep(key, None)
+        _once[key] = None
+        if len(_once) > NOTED:
+            _once.popitem(last=False)
     return found
 
 
-def _keep(key: Any, recording: Recording | None) -> None:
-    _recordings[key] = recording
-    _recordings.move_to_end(key)
-    while len(_recordings) > KEPT:
-        _finish(_recordings.popitem(last=False)[1])
+def _recorded(key: Any, op: Callable[..., Any], arguments: Sequence[Any], device: torch.device) -> Recording | None:
+    """The kind's recording, made if it came before and there is memory."""
+    if key in _recordings:
+        _recordings.move_to_end(key)
+    elif key in _once:
+        try:
+            _recordings[key] = elsewhere(lambda: Recording(op, arguments, device), device)
+        except torch.OutOfMemoryError:  # without copies of everything the call itself may fit
+            return None
+        del _once[key]
+        if len(_recordings) > KEPT:
+            _finish(_recordings.popitem(last=False)[1])
+    return _recordings.get(key)
 
 
 def clear_plans() -> None:
     """Forget all recordings: their memory goes back to torch's allocator."""
     with _lock:
+        _once.clear()
         while _recordings:
             _finish(_recordings.popitem()[1])
 
@@ -77,32 +89,23 @@ class Recording:
         self._lock = Lock()
         self._given = [tensor.clone(memory_format=torch.contiguous_format) for tensor in _tensors(arguments)]
         own = _with(arguments, iter(self._given))
-        self._found, self._replay = record(lambda: op(*own), device)
+        self._found, self._graph = record(lambda: op(*own), device)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> tuple[Any, ...]:
         """The op's results for these tensors, in fresh memory."""
         with self._lock:
             _copy(self._given, tensors)
-            self._replay()
+            self._graph.replay()
             own = list(_tensors(self._found))
             fresh = [torch.empty_like(tensor) for tensor in own]
             _copy(fresh, own)
         return _with(self._found, iter(fresh))
 
 
-def record(launches: Callable[[], tuple[Any, ...]], device: torch.device) -> tuple[tuple[Any, ...], Callable[[], None]]:
-    """What `launches` returns, as memory that each call of the second result fills anew."""
-    with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-            found = launches()
-    return found, graph.replay
-
-
-def _finish(recording: Recording | None) -> None:
+def _finish(recording: Recording) -> None:
     """Wait for the runs: what follows destroys the graph."""
-    if recording is not None and recording.device.type == "cuda":
+    if recording.device.type == "cuda":
         torch.cuda.synchronize(recording.device)
 
 

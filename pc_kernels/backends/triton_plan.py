@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pc_kernels import checks
 from pc_kernels.backends import triton_launches
-from pc_kernels.backends.lasting import lasting
+from pc_kernels.backends.lasting import lasting, record
 from pc_kernels.backends.reference_infer import Arguments
 from pc_kernels.backends.triton_infer_call import Call
 from pc_kernels.backends.triton_infer_copy import SLOTS, WORDS, collect_kernel, encoded, pack_kernel, upload_kernel
@@ -184,10 +184,7 @@ class Plan:
         return self._keeps and not self.layout.persistent and self.device.type == "cuda"
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device), capture_error_mode="thread_local"):
-            self._launch()
-        self._graph = graph
+        _, self._graph = lasting(lambda: record(self._launch, self.device), self.device)
 
     def finish(self) -> None:
         """Wait for the runs: what follows destroys the graph."""

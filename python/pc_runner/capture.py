@@ -7,7 +7,9 @@ which reads back; Adam; pairs of torch.distributions; a taped module) runs launc
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -42,15 +44,17 @@ class Captured:
         self.phis = [phi.clone() for phi in nodes.phis()]
         self._speeds = [torch.zeros_like(phi) for phi in self.phis] if moves.momentum else None
         first = self.phis[nodes.free[0]]
+        self.device = first.device
         self._row = torch.zeros(1, dtype=torch.int64, device=first.device)
         self._rows = first.new_zeros(moves.steps, len(nodes.states))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # libraries set themselves up outside the capture
             self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream(self.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # thread_local: another thread, a loader that pins memory, may go on meanwhile
+        with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             self._step()
 
     def _step(self) -> None:
@@ -83,21 +87,30 @@ class Captures:
     limit = 4
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Captured] = {}
+        self._kept: OrderedDict[Any, Captured] = OrderedDict()
+        self._lock = Lock()
 
     def settle(self, engine: Traced, nodes: Nodes, moves: Moves) -> Settled:
-        """`settle`, replayed."""
-        key = (engine.step, moves, self._addresses(nodes), tuple(phi.shape for phi in nodes.phis()))
-        if key not in self._kept:
-            if len(self._kept) >= self.limit:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = Captured(engine, nodes, moves)
-        rows = self._kept[key].run(engine, nodes)
+        """`settle`, replayed. Two runs would share buffers: threads take turns, streams have captures of their own."""
+        device = nodes.states[0].mu.device
+        with self._lock, torch.cuda.device(device):
+            rows = self._captured(engine, nodes, moves).run(engine, nodes)
         if moves.trace:
             phis = nodes.phis()
             rows.append(nodes.energies(phis, engine.mus([phis[l] for l in nodes.free])).mean(1))
         check_finite(nodes, rows)
         return Settled(moves.steps, finish_trace(rows, moves.steps, moves), engine.products)
+
+    def _captured(self, engine: Traced, nodes: Nodes, moves: Moves) -> Captured:
+        shapes, stream = tuple(phi.shape for phi in nodes.phis()), torch.cuda.current_stream().cuda_stream
+        key = (engine.step, moves, self._addresses(nodes), shapes, stream)
+        if key not in self._kept:
+            if len(self._kept) >= self.limit:
+                self._kept.popitem(last=False)
+            with torch.inference_mode(False), torch.no_grad():  # or its buffers could not be written to afterwards
+                self._kept[key] = Captured(engine, nodes, moves)
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     @staticmethod
     def _addresses(nodes: Nodes) -> tuple[int, ...]:
