@@ -101,7 +101,7 @@ void add_layer(Chain& chain, const Request& request, size_t l, int64_t inputs) {
   set_mask(chain, "holds", request.holds[l], {chain.batch, phi_width}, layer.hold, layer.hold_sample);
   layer.noise = optional_tensor(chain, "noise", request.noise[l], {chain.batch, layer.width / 2});
   const bool samples = layer.feed == kSampleFeed && !layer.clamped && !last;
-  TORCH_CHECK_VALUE(layer.noise || !samples, "noise: wanted a tensor for a node that feeds on its sample, got None");
+  TORCH_CHECK_VALUE(request.noise[l].has_value() || !samples, "noise: wanted a tensor for a node that feeds on its sample, got None");
   const auto options = at::TensorOptions().dtype(chain.dtype);
   chain.delta.push_back(at::empty({chain.batch, layer.width}, options));
   layer.delta = chain.delta.back().data_ptr();

@@ -9,11 +9,14 @@ out while a graph is compiled or captured.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+LARGEST = sys.float_info.max
 
 
 def fail(argument: str, wanted: str, got: str, remedy: str = "", error: type[Exception] = ValueError) -> NoReturn:
@@ -43,10 +46,10 @@ def number(argument: str, value: Any, least: float = -math.inf, below: float = m
     """A finite real number, least <= value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(argument, "a number", describe(value), "pass a Python float", TypeError)
-    if not math.isfinite(value) or not least <= value < below:
+    if not (-LARGEST <= value <= LARGEST and least <= value < below):  # math.isfinite could not be traced
         bounds = f" >= {least:g}" if least > -math.inf else ""
         bounds += f" and < {below:g}" if below < math.inf else ""
-        fail(argument, f"a finite number{bounds}", repr(value), "check the configuration")
+        fail(argument, f"a finite number{bounds}", describe(value), "check the configuration")
     return float(value)
 
 
@@ -160,12 +163,14 @@ def class_indices(argument: str, value: Tensor, classes: int, visible: Tensor | 
         fail(argument, "classes that the mask leaves visible", "the index of a masked class", "check the mask")
 
 
-def in_range(argument: str, value: Tensor, least: float, most: float) -> None:
-    """All entries within [least, most]; NaN is left to the divergence check."""
+def in_range(argument: str, value: Tensor, least: float, most: float, visible: Tensor | None = None) -> None:
+    """All entries that take part are within [least, most]; NaN is left to the divergence check."""
     if not reads_values(value) or value.numel() == 0:
         return
-    low, high = (float(v) for v in value.aminmax())
-    if low < least or high > most:
-        got = low if low < least else high
+    outside = (value < least) | (value > most)
+    if visible is not None:
+        outside = outside & visible
+    if bool(outside.any()):
+        got = float(value[outside][0])
         bound = f">= {least:g}" if math.isinf(most) else f"within [{least:g}, {most:g}]"
         fail(argument, f"values {bound}", f"{got:g}", "check the target's scale")

@@ -16,3 +16,7 @@ class InferenceDiverged(RuntimeError):  # noqa: N818 - public name, fixed by the
             f"inference diverged: the state of layer {layer} is not finite{when}. "
             "Lower lr (or lr_scale), or check x, the target and the weights for NaN and infinity."
         )
+
+    def __reduce__(self) -> tuple[type, tuple[int, int | None]]:
+        """A pickle is made anew from the numbers: worker processes send their exceptions so."""
+        return type(self), (self.layer, self.step)

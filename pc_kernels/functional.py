@@ -95,8 +95,8 @@ def update_phi_(
     node).
     step_rules: per node, None for the default (natural for "categorical" and "bernoulli", euclidean elsewhere).
     lr_scales: factors on lr per node. feedback[l] may be None (nothing above). Held and masked entries do not move,
-    clamped=True nodes
-    are left alone, "categorical_probs" stays >= 1e-6. Other arguments as in `layer_energies`.
+    clamped=True nodes are left alone, "categorical_probs" stays >= 1e-6. The nodes move at once, also where a mu or a
+    feedback lies in the memory of a state. Other arguments as in `layer_energies`.
 
     Raises ValueError or TypeError that names the bad argument, before anything is changed.
     """
@@ -113,6 +113,7 @@ def update_phi_(
     speeds = _check_velocities(velocities, mus, momentum, moving)
     if not moving:
         return
+    mus, back = _apart(phis, speeds, mus, back, moving)
 
     def take(values: Sequence[Any]) -> list[Any]:
         return [values[l] for l in moving]
@@ -122,6 +123,41 @@ def update_phi_(
             take(phis), take(mus), take(back), take(nodes.energies), take(rules), float(lr), float(momentum), speeds,
             take(scales), take(listed_log_vars), take(nodes.masks), take(nodes.holds),
         )  # fmt: skip
+
+
+def _apart(
+    phis: Sequence[Tensor],
+    speeds: Sequence[Tensor],
+    mus: list[Tensor],
+    back: list[Tensor | None],
+    moving: Sequence[int],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """mus and feedback that stay what they are while the states move: copies of what lies in a state's memory.
+
+    Fails if a state or velocity cannot be written to as a whole.
+    """
+    if torch.compiler.is_compiling():
+        return mus, back
+    written = {f"phis[{l}]": phis[l] for l in moving} | {
+        f"velocities[{l}]": u for l, u in zip(moving, speeds, strict=False)
+    }
+    places: dict[Any, str] = {}
+    for name, tensor in written.items():
+        if torch._debug_has_internal_overlap(tensor) == 1:  # pyright: ignore[reportPrivateImportUsage]
+            checks.fail(name, "entries with memory of their own", "an expanded tensor", "call .clone()")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            checks.fail(name, "a tensor that can be changed here", "one made in inference mode", "call .clone()")
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and places.setdefault(place, name) != name:
+            checks.fail(
+                name, f"memory of its own, not that of {places[place]}", checks.describe(tensor), "call .clone()"
+            )
+    states = {phis[l].untyped_storage()._cdata for l in moving}
+
+    def apart(value: Any) -> Any:
+        return value.clone() if value is not None and value.untyped_storage()._cdata in states else value
+
+    return [apart(mu) for mu in mus], [apart(value) for value in back]
 
 
 def _check_like(argument: str, values: Any, mus: Sequence[Tensor]) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from pc_kernels import checks, dispatch, library
 from pc_kernels.functional import Clamps, Masks
 from pc_kernels.layer import Layer
 from pc_kernels.node_math import feed_value
+from pc_kernels.numerics import without_autocast
 from pc_kernels.pc_math import ACTIVATION_TABLE, ENERGY_TABLE, GaussianDiag
 from pc_kernels.problem import FLOATS, Problem, check_layers
 from pc_kernels.results import Inference, LayerGrads
@@ -63,7 +64,7 @@ def infer(
     """
     problem = Problem(x, layers, target, phis, clamp, masks, noise)
     limit = _check_settings(x, steps, lr, momentum, tol, precision, trace)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(x):
         states, deltas, energy, status = library.infer(
             *problem.arguments(), steps, float(lr), float(momentum), limit, precision, trace
         )
@@ -103,13 +104,15 @@ def weight_grads(x: Tensor, layers: Sequence[Layer], result: Inference, reductio
     if not isinstance(result, Inference):
         checks.fail("result", "what pck.infer returned", checks.describe(result), "", TypeError)
     fits = len(result.deltas) == len(listed) and all(
-        tuple(d.shape) == (x.shape[0], layer.weight.shape[0]) for d, layer in zip(result.deltas, listed, strict=False)
+        tuple(d.shape) == (x.shape[0], layer.weight.shape[0]) and checks.alike(d, x)
+        for d, layer in zip(result.deltas, listed, strict=False)
     )
     if not fits:
-        checks.fail("result", "the result of these layers and this x", "other shapes", "call infer again")
+        got = "other shapes, dtypes or devices"
+        checks.fail("result", "the result of these layers and this x", got, "call infer again")
     checks.choice("reduction", reduction, ("mean", "sum"))
     scale = 1.0 if reduction == "sum" else 1.0 / max(x.shape[0], 1)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(x):
         values = [x, *(_value(l, layer, result) for l, layer in enumerate(listed[:-1]))]
         biased = [layer.bias is not None for layer in listed]
         weights, biases = torch.ops.pc_kernels.weight_grads(result.deltas, values, biased, scale)

@@ -79,6 +79,9 @@ class Layer:
     def _check_tensors(self) -> None:
         checks.floating("weight", self.weight, ndim=2)
         width = self.weight.shape[0]
+        if 0 in self.weight.shape:
+            remedy = "leave out a layer without features"
+            checks.fail("weight", "at least one row and one column", checks.describe(self.weight), remedy)
         if self.energy == "gaussian_full" and width % 2:
             checks.fail("weight", "an even number of rows", str(width), "'gaussian_full' holds [means, log variances]")
         for name, value in (("bias", self.bias), ("log_var", self.log_var)):

@@ -205,9 +205,12 @@ def _energies_backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     nothing = [None] * n
     if grad is None:
         return nothing, nothing, None, [None] * ctx.log_vars, _no_gradients(masks), _no_gradients(holds), None
-    _, grad_phi, grad_mu = torch.ops.pc_kernels.layer_errors(
-        phis, mus, ctx.energies, log_vars, masks, holds, ctx.clamped
-    )
+    if torch.is_grad_enabled():  # create_graph: by formulas in torch's ops, which have derivatives again
+        spread = spread_log_vars(ctx.energies, log_vars)
+        errors = dispatch.module("reference").layer_errors(phis, mus, ctx.energies, spread, masks, holds, ctx.clamped)
+    else:
+        errors = torch.ops.pc_kernels.layer_errors(phis, mus, ctx.energies, log_vars, masks, holds, ctx.clamped)
+    _, grad_phi, grad_mu = errors
 
     def scaled(g: Tensor, l: int) -> Tensor:
         return g * _per_sample(grad[l], g)

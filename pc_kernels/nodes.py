@@ -42,10 +42,9 @@ def state_lists(phis: Any, mus: Any) -> tuple[list[Any], list[Tensor]]:
     phis, mus = list(phis), checks.per_node("mus", mus, len(phis))
     for l, mu in enumerate(mus):
         checks.floating(f"mus[{l}]", mu, like=mus[0] if l else None)
-        if mu.ndim < 2:
-            checks.fail(
-                f"mus[{l}]", "at least 2 dimensions", checks.describe(mu), "dim 0 is the sample, the last the feature"
-            )
+        if mu.ndim < 2 or 0 in mu.shape[1:]:
+            remedy = "dim 0 is the sample, the last the feature"
+            checks.fail(f"mus[{l}]", "at least 2 dimensions, none but the first empty", checks.describe(mu), remedy)
         if mu.shape[0] != mus[0].shape[0]:
             checks.fail(f"mus[{l}]", f"batch size {mus[0].shape[0]}", checks.describe(mu), "dim 0 is the sample")
     return phis, mus
@@ -91,9 +90,9 @@ def check_target(
     wanted = target_shape(energy, mu_shape)
     checks.floating(argument, target, shape=wanted, like=like)
     if energy in ("categorical", "categorical_probs", "poisson"):
-        checks.in_range(argument, target, 0.0, math.inf)
+        checks.in_range(argument, target, 0.0, math.inf, visible)
     elif energy == "bernoulli":
-        checks.in_range(argument, target, 0.0, 1.0)
+        checks.in_range(argument, target, 0.0, 1.0, visible)
     if energy == "categorical" and visible is not None:
         hidden = torch.where(visible, 0.0, target)
         if checks.reads_values(hidden) and bool(hidden.any()):

@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from math import factorial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SERIES_RADIUS = 0.5  # below it differences of exponentials are taken from expm1/log1p/series, above it directly
 _SERIES = [1.0 / factorial(k + 2) for k in range(14)]  # 0.5^14 / 16! < 4e-18: exact in float64
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products inside have the precision that they are asked for."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def expm1_minus_x(x: Tensor) -> Tensor:

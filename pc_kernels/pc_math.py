@@ -182,7 +182,7 @@ class GaussianFull(Energy):
 
     def terms(self, phi, mu, log_var=None, mask=None):
         (u, s), (uh, sh) = phi.chunk(2, -1), mu.chunk(2, -1)
-        mask_u, mask_s = _halves(mask)
+        mask_u, mask_s = _halves(mask, mu)
         return 0.5 * (keep(mask_s, expm1_minus_x(s - sh)) + keep(mask_u, (u - uh) ** 2 * torch.exp(-sh)))
 
     def grad_phi(self, phi, mu, log_var=None, mask=None):
@@ -191,9 +191,10 @@ class GaussianFull(Energy):
 
     def grad_mu(self, phi, mu, log_var=None, mask=None):
         (u, s), (uh, sh) = phi.chunk(2, -1), mu.chunk(2, -1)
-        mask_u, mask_s = _halves(mask)
-        scaled = keep(mask_u, (u - uh) * torch.exp(-sh))
-        grad_s = keep(mask_s, torch.expm1(s - sh)) + scaled * (u - uh)
+        mask_u, mask_s = _halves(mask, mu)
+        difference = keep(mask_u, u - uh)  # an exact zero, whatever stands in masked entries
+        scaled = keep(mask_u, difference * torch.exp(-sh))
+        grad_s = keep(mask_s, torch.expm1(s - sh)) + scaled * difference
         return torch.cat([-scaled, -0.5 * grad_s], -1)
 
     def target_terms(self, target, mu, log_var, mask):
@@ -207,8 +208,8 @@ class GaussianFull(Energy):
         return torch.cat([keep(mask, grad_u), keep(mask, grad_s)], -1)
 
 
-def _halves(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if mask is None else mask.chunk(2, -1)  # type: ignore[return-value]
+def _halves(mask: Tensor | None, mu: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if mask is None else mask.expand_as(mu).chunk(2, -1)  # type: ignore[return-value]
 
 
 class Categorical(Energy):

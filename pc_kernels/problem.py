@@ -93,6 +93,8 @@ class Problem:
         held = zip(self.layers[:-1], self.clamped, strict=False)
         sampled = [*(layer.feed == "sample" and not clamped for layer, clamped in held), False]
         if isinstance(noise, Tensor):
+            if not any(sampled):
+                checks.fail("noise", "None", checks.describe(noise), "no node here feeds on its sample")
             if sum(sampled) != 1:
                 wanted, remedy = f"a list of {self.size}, one entry per node", f"{sum(sampled)} nodes feed on a sample"
                 checks.fail("noise", wanted, checks.describe(noise), remedy)

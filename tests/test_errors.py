@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,71 @@ def test_a_failed_update_changes_no_state() -> None:
     assert all(torch.equal(phi, ramp(2, 3)) for phi in phis)
 
 
+def _update(phis: list[Tensor], mus: list[Tensor], **options: Any) -> None:
+    n = len(phis)
+    pck.update_phi_(phis, mus, [None] * n, ["gaussian"] * n, lr=0.5, **options)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_what_cannot_be_written_to_is_named(backend: str) -> None:
+    """Before the first node has moved."""
+    with torch.inference_mode():
+        inferred = torch.ones(2, 3)
+    whole, zeros, row = torch.ones(2, 3), [torch.zeros(2, 3)] * 2, torch.ones(1, 3).expand(2, 3)
+    with pck.use_backend(backend):
+        for bad, says in ((row, "expanded"), (inferred, "inference mode"), (whole, r"not that of phis\[0\]")):
+            with pytest.raises(V, match=rf"phis\[1\]: .*{says}"):
+                _update([whole, bad], zeros)
+        with pytest.raises(V, match=r"velocities\[1\]: .*expanded"):
+            _update([whole, torch.ones(2, 3)], zeros, momentum=0.5, velocities=[torch.zeros(2, 3), row])
+    assert torch.equal(whole, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_prediction_in_a_states_memory_stays_what_it_was(backend: str) -> None:
+    """As an identity between two nodes makes it: the nodes move at once, not one after the other."""
+    below, above = torch.ones(2, 3), torch.zeros(2, 3)
+    with pck.use_backend(backend):
+        _update([below, above], [torch.zeros(2, 3), below.view(2, 3)])
+    assert torch.equal(below, torch.full((2, 3), 0.5))
+    assert torch.equal(above, torch.full((2, 3), 0.5))
+
+
+def test_layers_without_features() -> None:
+    for shape in ((0, 3), (3, 0)):
+        _refused(lambda shape=shape: pck.Layer(torch.ones(shape)), V, "weight")
+    _refused(lambda: pck.layer_energies([torch.ones(2, 0)], [torch.ones(2, 0)], ["categorical"]), V, "mus")
+
+
+def test_targets_are_looked_at_where_they_take_part() -> None:
+    """A masked entry may hold anything; NaN hides no other bad value."""
+    mu, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
+    for name in ("poisson", "bernoulli", "categorical_probs"):
+        mus = [mu + 0.5]
+        pck.layer_energies([torch.tensor([[1.0, 0.0, -1.0]])], mus, [name], masks=[mask], clamped=[True])
+        target = torch.tensor([[math.nan, -3.0, 0.0]])
+        _refused(lambda name=name, mus=mus, t=target: pck.layer_energies([t], mus, [name], clamped=[True]), V, "phis")
+
+
+def test_numbers_beyond_floating_point() -> None:
+    layers = [pck.Layer(ramp(4, 3))]
+    for name in ("lr", "momentum", "tol"):
+        _refused(lambda name=name: pck.infer(ramp(2, 3), layers, **{name: 10**400}), V, name)
+    _refused(lambda: pck.Layer(ramp(4, 3), lr_scale=10**400), V, "lr_scale")
+
+
+def test_a_result_of_another_dtype() -> None:
+    layers, wide = [pck.Layer(ramp(4, 3))], [pck.Layer(ramp(4, 3).double())]
+    result = pck.infer(ramp(2, 3), layers, steps=1)
+    _refused(lambda: pck.weight_grads(ramp(2, 3).double(), wide, result), V, "result")
+
+
+def test_noise_that_nobody_takes() -> None:
+    layers = [pck.Layer(ramp(4, 3), energy="gaussian_full")]
+    message = _refused(lambda: pck.infer(ramp(2, 3), layers, noise=ramp(2, 2)), V, "noise")
+    assert "wanted None" in message
+
+
 # ---------------------------------------------------------------- a backend that cannot, a state that explodes
 
 
@@ -125,6 +191,13 @@ def test_input_that_is_not_finite(bad: float) -> None:
     x[1, 2] = bad
     with pytest.raises(pck.InferenceDiverged, match="1"):
         pck.infer(x, layers, trace=True, **(options | {"steps": 2, "lr": 1e-3}))
+
+
+def test_divergence_goes_through_a_pickle() -> None:
+    """As from a worker process."""
+    for step in (None, 3):
+        error = pickle.loads(pickle.dumps(pck.InferenceDiverged(2, step)))
+        assert (error.layer, error.step, str(error)) == (2, step, str(pck.InferenceDiverged(2, step)))
 
 
 def test_a_healthy_result_checks() -> None:

@@ -293,6 +293,31 @@ def test_an_empty_batch(gen: torch.Generator, layers: Layers, infer_backend: str
         assert torch.equal(grad.bias, torch.zeros_like(layer.bias))
 
 
+def test_an_empty_batch_of_samples(infer_backend: str) -> None:
+    sampled = [pck.Layer(torch.ones(4, 3), None, "tanh", "gaussian_full"), pck.Layer(torch.ones(2, 2))]
+    got = pck.infer(torch.ones(0, 3), sampled, target=torch.ones(0, 2), noise=torch.ones(0, 2), steps=2)
+    assert [delta.shape for delta in got.deltas] == [(0, 4), (0, 2)]
+
+
+def test_autocast_does_not_reach_inside(gen: torch.Generator, infer_backend: str) -> None:
+    """States and gradients are float32, products as precise as asked for."""
+    weights = [inputs.normal(gen, 64, 32).float() / 6, inputs.normal(gen, 10, 64).float() / 8]
+    layers = [
+        pck.Layer(weights[0], activation="tanh", energy="gaussian_diag", log_var=torch.zeros(64)),
+        pck.Layer(weights[1]),
+    ]
+    x, target = inputs.normal(gen, 16, 32).float(), inputs.normal(gen, 16, 10).float()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=enabled):
+            result = pck.infer(x, layers, target=target, steps=4)
+            grads = pck.weight_grads(x, layers, result)
+        found.append([*result.phis, *result.deltas, *(g for layer in grads for g in layer if g is not None)])
+    for plain, inside in zip(*found, strict=True):
+        assert inside.dtype == torch.float32
+        torch.testing.assert_close(inside, plain, rtol=1e-6, atol=1e-7)
+
+
 def test_without_trace(gen: torch.Generator, layers: Layers, infer_backend: str) -> None:
     nodes = inputs.paper("M3", gen, (5, 7, 6, 4, 3))
     x, made = inputs.normal(gen, 4, 5), layers(nodes)

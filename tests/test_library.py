@@ -233,6 +233,25 @@ def test_dynamic_batch_compiles_once(gen: torch.Generator) -> None:
         torch.testing.assert_close(compiled(phi, mu), _errors(phi, mu))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_may_change_in_compiled_code(dynamic: bool | None, gen: torch.Generator) -> None:
+    """As a learning rate does that follows a schedule."""
+    phi, mu = inputs.normal(gen, 3, 4), inputs.normal(gen, 3, 4)
+    layers = [pck.Layer(inputs.normal(gen, 5, 4), activation="tanh"), pck.Layer(inputs.normal(gen, 4, 5))]
+
+    def step(phi: Tensor, mu: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        state, speed = phi.clone(), torch.zeros_like(phi)
+        pck.update_phi_([state], [mu], [None], ["gaussian"], lr=lr, momentum=lr / 2, velocities=[speed])
+        scaled = [pck.Layer(layers[0].weight, activation="tanh", lr_scale=1 + lr), layers[1]]
+        return state, pck.infer(phi, scaled, target=mu, steps=3, lr=lr, momentum=lr, tol=lr * 1e-9).deltas[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for lr in (0.1, 0.05, 0.02):
+        for mine, right in zip(compiled(phi, mu, lr), step(phi, mu, lr), strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-13)
+
+
 class _Module(torch.nn.Module):
     def __init__(self, function: Callable):
         super().__init__()

@@ -34,7 +34,7 @@ void add_nodes(ChainCall& call, const Optionals& noise, LayersRun& run) {
     static_cast<ChainNode&>(node) = call.nodes[l];
     node.noise = floats(call, "noise", noise[l], {call.batch, call.widths[l] / 2});
     const bool samples = is_sample(node.feed) && !node.clamped && l + 1 < count;
-    TORCH_CHECK_VALUE(!samples || node.noise != nullptr, "noise: wanted a tensor for node ", l + 1, ", which feeds on its sample");
+    TORCH_CHECK_VALUE(!samples || noise[l].has_value(), "noise: wanted a tensor for node ", l + 1, ", which feeds on its sample");
   }
 }
 
