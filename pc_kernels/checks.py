@@ -135,8 +135,9 @@ def mask(argument: str, value: Any, shape: Sequence[int], device: torch.device) 
 
 
 def reads_values(*tensors: Tensor) -> bool:
-    """Whether data may be looked at now: not while compiling, nor while a CUDA graph is being captured."""
-    if torch.compiler.is_compiling():
+    """Whether data may be looked at now: not while compiling, nor of fake tensors, nor while a CUDA graph is being
+    captured."""
+    if torch.compiler.is_compiling() or any(hasattr(t, "fake_mode") for t in tensors):
         return False
     return not (any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing())
 

@@ -115,6 +115,16 @@ def test_fake_tensors_have_the_real_shapes(
     assert _like(fake) == _like(real)
 
 
+def test_infer_without_data(gen: torch.Generator) -> None:
+    """Under a FakeTensorMode nothing is read: not the labels, nor whether a state diverged."""
+    with FakeTensorMode():
+        layers = [pck.Layer(torch.ones(6, 4), activation="tanh"), pck.Layer(torch.ones(3, 6), energy="categorical")]
+        got = pck.infer(torch.ones(5, 4), layers, target=torch.zeros(5, dtype=torch.int64), steps=2, trace=True)
+        grads = pck.weight_grads(torch.ones(5, 4), layers, got)
+    assert got.energy is not None
+    assert [tuple(t.shape) for t in (*got.deltas, got.energy, grads[0].weight)] == [(5, 6), (5, 3), (3, 2), (6, 4)]
+
+
 # ---------------------------------------------------------------- gradients of energies
 
 
