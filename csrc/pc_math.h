@@ -277,7 +277,9 @@ struct Bernoulli : Elementwise {  // phi, mu hold logits: E = sig(phi)(phi - mu)
       out.energy = generalised_kl(p.on, q.on, on) + generalised_kl(p.off, q.off, off);
     }
     if constexpr (W & kGradPhi) out.grad_phi = p.on * p.off * d;
-    if constexpr (W & kGradMu) out.grad_mu = select(is_near(d), -p.off * q.on * e1, q.on - p.on);
+    if constexpr (W & kGradMu) {  // q.on - p.on = p.off - q.off, from the smaller two
+      out.grad_mu = select(is_near(d), -p.off * q.on * e1, select(mu > V(0), p.off - q.off, q.on - p.on));
+    }
     return out;
   }
   template <int W, class V>
@@ -287,7 +289,7 @@ struct Bernoulli : Elementwise {  // phi, mu hold logits: E = sig(phi)(phi - mu)
     if constexpr (W & kEnergy) {
       out.energy = o * q.softplus_minus + (V(1) - o) * q.softplus + x_log_x(o) + x_log_x(V(1) - o);
     }
-    if constexpr (W & kGradMu) out.grad_mu = q.on - o;
+    if constexpr (W & kGradMu) out.grad_mu = select(mu > V(0), (V(1) - o) - q.off, q.on - o);
     return out;
   }
 };

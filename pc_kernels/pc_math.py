@@ -324,17 +324,22 @@ class Bernoulli(Energy):
         d = phi - mu
         near = d.abs() < SERIES_RADIUS
         close = -torch.sigmoid(-phi) * torch.sigmoid(mu) * torch.expm1(torch.where(near, d, 0.0))
-        return keep(mask, torch.where(near, close, torch.sigmoid(mu) - torch.sigmoid(phi)))
+        return keep(mask, torch.where(near, close, _sigmoid_difference(mu, torch.sigmoid(phi), torch.sigmoid(-phi))))
 
     def target_terms(self, target, mu, log_var, mask):
         entropy = torch.special.entr(target) + torch.special.entr(1 - target)
         return keep(mask, target * softplus(-mu) + (1 - target) * softplus(mu) - entropy)
 
     def target_grad_mu(self, target, mu, log_var, mask):
-        return keep(mask, torch.sigmoid(mu) - target)
+        return keep(mask, _sigmoid_difference(mu, target, 1 - target))
 
     def fisher(self, phi, direction, mask=None):
         return keep(mask, torch.sigmoid(phi) * torch.sigmoid(-phi) * direction)
+
+
+def _sigmoid_difference(mu: Tensor, on: Tensor, off: Tensor) -> Tensor:
+    """sig(mu) - on, off = 1 - on, from the smaller two of the four: near 1 the others have no digits left."""
+    return torch.where(mu > 0, off - torch.sigmoid(-mu), torch.sigmoid(mu) - on)
 
 
 def _log_sigmoid_ratio(phi: Tensor, mu: Tensor) -> Tensor:

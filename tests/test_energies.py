@@ -148,6 +148,17 @@ def test_each_term_keeps_relative_accuracy(
         torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("clamped", [False, True])
+def test_saturated_probabilities_keep_relative_accuracy(clamped: bool, layer_backend: str) -> None:
+    """sig(mu) - sig(phi) where both are nearly 1 (or 0), one entry a sample."""
+    mu = torch.tensor([15.0, 17, 12, -15, -17, 30, -30, 3]).unsqueeze(1)
+    free = mu + torch.tensor([1.0, 1, -2, 1, -1, 4, 4, -6]).unsqueeze(1)
+    phi = (mu > 0).float() if clamped else free
+    got = pck.layer_errors([phi], [mu], ["bernoulli"], clamped=[clamped or None])
+    want = truth.errors("bernoulli", phi, mu, clamped=clamped)
+    torch.testing.assert_close(got.grad_mu[0].double(), want.grad_mu, rtol=1e-5, atol=1e-14)  # the truth's own digits
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", truth.ENERGIES)
 def test_zero_exactly_where_phi_is_mu(name: str, dtype: torch.dtype, gen: torch.Generator, layer_backend: str) -> None:
@@ -216,13 +227,12 @@ def test_masks(name: str, clamped: bool, gen: torch.Generator, layer_backend: st
 
 @pytest.mark.parametrize("name", truth.ENERGIES)
 def test_a_mask_hides_whatever_stands_there(name: str, gen: torch.Generator, layer_backend: str) -> None:
-    """Attention scores come with -inf where they are masked: still an exact zero, never -inf minus -inf."""
-    if name == "gaussian_full":
-        pytest.skip("an entry of mu belongs to two terms here")
+    """Attention scores come with -inf where they are masked: still an exact zero, never -inf minus -inf. An entry of
+    gaussian_full's mu belongs to two terms, one of which may be visible."""
     phi, mu = inputs.state(name, gen, 4, 6), inputs.state(name, gen, 4, 6)
     mask, lv = _mask(gen, 4, 6), inputs.log_var(name, gen, 6, torch.float64)
     plain = pck.layer_errors([phi], [mu], [name], log_vars=[lv], masks=[mask])
-    hidden = [t.masked_fill(~mask, -math.inf) for t in (phi, mu)]
+    hidden = [phi.masked_fill(~mask, -math.inf), mu if name == "gaussian_full" else mu.masked_fill(~mask, -math.inf)]
     got = pck.layer_errors(hidden[:1], hidden[1:], [name], log_vars=[lv], masks=[mask])
     for a, b in zip(
         (got.energy, *got.grad_phi, *got.grad_mu), (plain.energy, *plain.grad_phi, *plain.grad_mu), strict=True
@@ -293,6 +303,13 @@ def test_a_mask_is_broadcast(gen: torch.Generator, layer_backend: str) -> None:
     for name in ("categorical", "gaussian"):
         got = pck.layer_errors([phi], [mu], [name], masks=[mask])
         _agrees(got, 0, truth.errors(name, phi, mu, mask=mask), torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
+def test_a_mask_is_broadcast_over_a_pair(shape: tuple[int, ...], gen: torch.Generator, layer_backend: str) -> None:
+    phi, mu = inputs.normal(gen, 3, 4), inputs.normal(gen, 3, 4)
+    got = pck.layer_errors([phi], [mu], ["gaussian_full"], masks=[torch.ones(shape, dtype=torch.bool)])
+    _agrees(got, 0, truth.errors("gaussian_full", phi, mu), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

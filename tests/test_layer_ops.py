@@ -215,40 +215,6 @@ def test_inputs_are_left_alone(name: str, gen: torch.Generator, layer_backend: s
         assert value is None or torch.equal(value, case[key]), key
 
 
-def _all_close(got: pck.LayerErrors, want: pck.LayerErrors) -> None:
-    _close(got.energy, want.energy)
-    for mine, right in zip((*got.grad_phi, *got.grad_mu), (*want.grad_phi, *want.grad_mu), strict=True):
-        _close(mine, right)
-
-
-@pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
-def test_a_mask_broadcasts_over_a_pair(shape: tuple[int, ...], gen: torch.Generator, layer_backend: str) -> None:
-    case, mask = _case("gaussian_full", gen, (3, 4)), torch.ones(shape, dtype=torch.bool)
-    got = pck.layer_errors([case["phi"]], [case["mu"]], ["gaussian_full"], masks=[mask])
-    want = pck.layer_errors([case["phi"]], [case["mu"]], ["gaussian_full"])
-    for mine, right in zip(
-        (got.energy, *got.grad_phi, *got.grad_mu), (want.energy, *want.grad_phi, *want.grad_mu), strict=True
-    ):
-        _close(mine, right)
-
-
-@pytest.mark.parametrize("name", truth.ENERGIES)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_stands_in_masked_entries_does_not_matter(
-    name: str, bad: float, gen: torch.Generator, layer_backend: str
-) -> None:
-    case, mask = _case(name, gen, (3, 4)), torch.tensor([False, True, True, True])
-    marred = torch.where(mask, case["phi"], bad)
-    got, want = (
-        pck.layer_errors([phi], [case["mu"]], [name], log_vars=[case["lv"]], masks=[mask])
-        for phi in (marred, case["phi"])
-    )
-    for mine, right in zip(
-        (got.energy, *got.grad_phi, *got.grad_mu), (want.energy, *want.grad_phi, *want.grad_mu), strict=True
-    ):
-        _close(mine, right)
-
-
 @pytest.mark.parametrize("name", truth.ENERGIES)
 def test_an_empty_batch_returns_empties(name: str, gen: torch.Generator, layer_backend: str) -> None:
     case = _case(name, gen, (0, 4))

@@ -232,14 +232,16 @@ def _bernoulli(phi, mu):
     on = tl.where(is_near(d), close, q_minus - p_minus)
     off = tl.where(is_near(d), close - d, q_plus - p_plus)
     energy = generalised_kl(p_on, q_on, on) + generalised_kl(p_off, q_off, off)
-    return energy, p_on * p_off * d, tl.where(is_near(d), -p_off * q_on * e1, q_on - p_on)
+    far = tl.where(mu > 0.0, p_off - q_off, q_on - p_on)  # the same, from the smaller two
+    return energy, p_on * p_off * d, tl.where(is_near(d), -p_off * q_on * e1, far)
 
 
 @triton.jit
 def _bernoulli_target(o, mu):
     """The binary cross-entropy minus the target's entropy."""
-    q_on, _, q_plus, q_minus = _outcomes(mu)
-    return o * q_minus + (1.0 - o) * q_plus + x_log_x(o) + x_log_x(1.0 - o), q_on - o
+    q_on, q_off, q_plus, q_minus = _outcomes(mu)
+    grad_mu = tl.where(mu > 0.0, (1.0 - o) - q_off, q_on - o)
+    return o * q_minus + (1.0 - o) * q_plus + x_log_x(o) + x_log_x(1.0 - o), grad_mu
 
 
 @triton.jit
