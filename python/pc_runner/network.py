@@ -16,6 +16,7 @@ from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
 from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
+from pc_runner.modes import ordinary, plain
 from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
 from pc_runner.tracing import Step
@@ -94,6 +95,7 @@ class PCNetwork(nn.Module):
         """What the module returns: the feed-forward prediction. The output nodes' feeds are not applied."""
         return self.module(*inputs)
 
+    @ordinary()
     def infer(
         self,
         x: Tensor | Sequence[Any],
@@ -130,6 +132,7 @@ class PCNetwork(nn.Module):
         Raises ValueError or TypeError that names the argument, `pck.InferenceDiverged`, `pck.BackendUnavailable`.
         """
         bad_choice(algorithm, METHODS, optimizer)
+        x, y, phis, clamp, masks, noise = map(plain, (x, y, phis, clamp, masks, noise))
         lr = lr if lr is not None else (1.0 if algorithm in UNIT_LR else 0.1)
         if algorithm == "zil" and (lr != 1.0 or momentum):
             fail("lr", "1 and no momentum with algorithm='zil'", f"{lr}, {momentum}", "leave both out")
@@ -148,6 +151,7 @@ class PCNetwork(nn.Module):
             start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
         )
 
+    @ordinary()
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
 
@@ -162,6 +166,7 @@ class PCNetwork(nn.Module):
         if loss.requires_grad:
             loss.backward(retain_graph=True)  # the tape of "zil", "fixed_prediction" and "bp" is the result's own
 
+    @ordinary()
     def loss(self, result: Result) -> Tensor:
         """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
         want one. Its value is F / B, or, for a chain's "pc", 0."""
@@ -174,9 +179,11 @@ class PCNetwork(nn.Module):
         if result.owner is not self:
             raise ValueError("result: wanted one of this network, got another network's; call this network's infer")
 
+    @ordinary()
     def explain(self, x: Any, y: Any = None) -> str:
         """What `infer(x, y)` would take: a chain's backend and schedule, or how a module's step was traced. A module
         with nodes is run forward once."""
+        x, y = plain(x), plain(y)
         call = self._chain_call(x, y, None, {}, "pc")
         if call is not None:
             return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""Modes of torch around `infer` and `backward`, and tensors with a history: the numbers do not depend on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pc_runner import PCNetwork
+from pc_runner.methods import METHODS
+from torch import Tensor, nn
+
+from tests import nets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KINDS = ("dag", "chain", "sequential")
+ALGORITHMS = [name for name in METHODS if name != "ipc"]
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PCNetwork, Tensor, Tensor]:
+    """The three ways through `infer`: a module's step, a module that is a chain, a Sequential."""
+    net, x, y = nets.make("Dag" if kind == "dag" else "Mlp")
+    if kind == "sequential":
+        layers = [layer for fc in net.module.fc for layer in (fc, nn.Tanh())][:-1]
+        net = PCNetwork.from_sequential(nn.Sequential(*layers), output="categorical")
+    return net.to(dtype), x.to(dtype), y
+
+
+def outcome(net: PCNetwork, result) -> list[Tensor]:
+    """States, energies and gradients; the latter are cleared."""
+    found = [*result.phis, result.energy, *(p.grad for p in net.parameters())]
+    assert all(tensor is not None for tensor in found)
+    net.zero_grad()
+    return [tensor.clone() for tensor in found]
+
+
+@pytest.mark.parametrize("learn_inside", [True, False])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_changes_nothing(kind, algorithm, learn_inside):
+    net, x, y = make(kind)
+    result = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    wanted = outcome(net, result)
+    with torch.inference_mode():
+        made_there = x * 1.0
+        result = net.infer(made_there, y, steps=3, algorithm=algorithm)
+        net.loss(result), net.explain(made_there, y)
+        if learn_inside:
+            net.backward(result)
+    if not learn_inside:
+        net.backward(result)
+    for got, one in zip(outcome(net, result), wanted, strict=True):
+        assert torch.equal(got, one)
+        assert not got.is_inference()
+    result = net.infer((made_there,) if kind == "dag" else made_there, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    for got, one in zip(outcome(net, result), wanted, strict=True):
+        assert torch.equal(got, one)
