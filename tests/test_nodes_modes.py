@@ -56,3 +56,30 @@ def test_inference_mode_changes_nothing(kind, algorithm, learn_inside):
     net.backward(result)
     for got, one in zip(outcome(net, result), wanted, strict=True):
         assert torch.equal(got, one)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind, algorithm):
+    net, x, y = make(kind, torch.float32)
+    result = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    wanted = outcome(net, result)
+    for inside in [(True, True), (True, False), (False, True)]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside[0]):
+            result = net.infer(x, y, steps=3, algorithm=algorithm)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside[1]):
+            net.backward(result)
+        for got, one in zip(outcome(net, result), wanted, strict=True):
+            assert got.dtype == one.dtype
+            assert torch.equal(got, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_of_16_bits_are_refused(kind, algorithm, dtype):
+    net, x, y = make(kind, dtype)
+    with pytest.raises(TypeError, match="float32") as caught:
+        net.infer(x, y, steps=3, algorithm=algorithm)
+    assert str(dtype).removeprefix("torch.") in str(caught.value)

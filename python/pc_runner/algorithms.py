@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
+from pc_runner.arguments import check_dtype
 from pc_runner.inference import Link, Result
 from pc_runner.node import fail
 
@@ -91,6 +92,7 @@ def infer_bp(call: Call) -> Result:
         raise ValueError("masks: wanted None for hidden nodes with algorithm='bp', got a mask; use algorithm='pc'")
     with torch.enable_grad():
         mus = forward_nodes(call.links, call.layers, call.x)
+        check_dtype("nodes.0", mus[0])
         loss = None if call.y is None else _output_energy(call, mus[-1])
     phis = [mu.detach() for mu in mus]
     energy = None

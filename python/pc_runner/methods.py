@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pc_runner.algorithms import NO_TARGET
+from pc_runner.arguments import check_dtype
 from pc_runner.capture import Captures, obstacle
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
@@ -64,6 +65,8 @@ def start(
     states = record(program, request)
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
+    for state in states:
+        check_dtype(state.name, state.mu)
     seed = int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0
     nodes = Nodes(states, seed, moves.precision)
     nodes.check()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The modes of torch around a call of `PCNetwork`, and tensors made in them: what a call computes depends on neither."""
+"""The modes of torch around a call of `PCNetwork`, and tensors made in them: they do not change what it computes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+AUTOCASTS = ("cpu", "cuda")  # the kinds of device with a mode of their own
+
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Inside, inference mode is off: an inference differentiates, and its result is learned from later."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
+    """Inside, inference mode is off (an inference differentiates, and its result is learned from later), and so is
+    autocast: states, errors and products are of the module's own dtype."""
     with ExitStack() as modes:
-        modes.enter_context(torch.inference_mode(False))
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        for kind in AUTOCASTS:
+            if torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
