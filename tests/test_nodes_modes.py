@@ -83,3 +83,24 @@ def test_modules_of_16_bits_are_refused(kind, algorithm, dtype):
     with pytest.raises(TypeError, match="float32") as caught:
         net.infer(x, y, steps=3, algorithm=algorithm)
     assert str(dtype).removeprefix("torch.") in str(caught.value)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_learned_through_the_inputs(kind, algorithm):
+    net, x, y = make(kind)
+    wanted = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(wanted)
+    expected = outcome(net, wanted)
+    y = nn.functional.one_hot(y, net(x).shape[-1]).to(x)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, y)]
+    result = net.infer(leaves[0] * 1.0, leaves[1] * 1.0, steps=3, algorithm=algorithm)
+    net.backward(result)
+    assert [leaf.grad for leaf in leaves] == [None, None]
+    for got, one in zip(outcome(net, result)[len(result.phis) :], expected[len(result.phis) :], strict=True):
+        assert torch.allclose(got, one, rtol=1e-12, atol=1e-15)
+    if algorithm == "pc" and kind != "sequential":
+        inner = list(zip(result.names, result.phis, strict=True))[:-1]
+        given = {name: phi.clone().requires_grad_() for name, phi in inner}
+        net.backward(net.infer(x, y, steps=3, phis=given))
+        assert all(phi.grad is None for phi in given.values())

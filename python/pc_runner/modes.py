@@ -28,11 +28,13 @@ def ordinary() -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """The same tensors, in whatever containers, as ordinary ones: those of inference mode cannot be differentiated."""
+    """The same values, in whatever containers, without a history: no graph is recorded into what `infer` is given, and
+    tensors of inference mode, which cannot be differentiated, are copied."""
     if isinstance(value, Tensor):
         return _plain(value)
     return value if value is None else pytree.tree_map_only(Tensor, _plain, value)
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.clone() if tensor.is_inference() else tensor

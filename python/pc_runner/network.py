@@ -116,7 +116,8 @@ class PCNetwork(nn.Module):
     ) -> Result:
         """Settle the states: phi_l <- phi_l - lr dF/dphi_l, `steps` times, from the feed-forward values.
 
-        x: what the module takes, a tensor (B, ...) or a tuple of arguments.
+        x: what the module takes, a tensor (B, ...) or a tuple of arguments. No graph is recorded into x, or any other
+        argument: a layer that is to learn, too, belongs in the module.
         y: the target that clamps the output: class indices (B, ...) or probabilities (B, ..., D) for a categorical
         output, values otherwise; a tuple with one entry per output; None leaves it free.
         lr: one for all moves, or a list with one per move; None is 0.1; 1 for "zil" (always) and "fixed_prediction".
