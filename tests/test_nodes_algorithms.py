@@ -163,3 +163,51 @@ def test_algorithms_of_a_sequential_are_those_of_the_same_module():
             chain.zero_grad()
         for a, b in zip(*grads, strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-14), algorithm
+
+
+def gaussian_diag_chain(log_var: float = 0.0) -> tuple[PCNetwork, torch.Tensor, torch.Tensor]:
+    """Two hidden nodes with variances of their own, float64; a Sequential, which walks like any module here."""
+    torch.manual_seed(5)
+    layers = [nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)]
+    net = PCNetwork.from_sequential(
+        nn.Sequential(*layers).double(), energy=["gaussian_diag", "gaussian_diag", "categorical"]
+    )
+    for node in list(net.nodes)[:2]:
+        node.log_var.data += log_var + 0.5 * torch.randn_like(node.log_var)
+    return net, torch.randn(6, 7).double(), torch.randint(0, 5, (6,))
+
+
+def test_ipc_moves_states_by_the_variances_that_they_started_from():
+    net, x, y = gaussian_diag_chain()
+    twin = copy.deepcopy(net)
+    fc1, act, fc2, _, fc3 = twin.module
+    variances = [node.log_var for node in list(twin.nodes)[:2]]
+    mine, theirs = (torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, twin))
+    result = net.infer(x, y, steps=6, lr=0.1, algorithm="ipc", optimizer=mine)
+    phis = [mu.detach() for mu in (act(fc1(x)), act(fc2(act(fc1(x)))))]
+    for _ in range(6):
+        phis = [phi.requires_grad_() for phi in phis]
+        mus = [act(fc1(x)), act(fc2(phis[0])), fc3(phis[1])]
+        terms = [0.5 * ((p - m).square() * (-v).exp() + v) for p, m, v in zip(phis, mus, variances, strict=False)]
+        total = sum(term.sum() for term in terms) + nn.functional.cross_entropy(mus[2], y, reduction="sum")
+        grads = torch.autograd.grad(total, phis, retain_graph=True)
+        theirs.zero_grad()
+        (total / len(x)).backward(inputs=list(twin.parameters()))
+        theirs.step()
+        phis = [(phi - 0.1 * g).detach() for phi, g in zip(phis, grads, strict=True)]
+    for got, wanted in zip([*result.phis[:2], *net.parameters()], [*phis, *twin.parameters()], strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.1}, {"lr": 0.02, "state_optimizer": "adam"}])
+def test_ipc_takes_no_step_once_every_sample_is_frozen(settings):
+    net, x, y = nets.make("Dag")
+    before = copy.deepcopy(net)
+    optimizer, moved = torch.optim.SGD(net.parameters(), lr=1e-3), []
+    optimizer.register_step_post_hook(lambda *_: moved.append(True))
+    result = net.infer(x, y, steps=500, tol=0.3, algorithm="ipc", optimizer=optimizer, **settings)
+    assert 0 < result.steps == len(moved) < 500
+    again = torch.optim.SGD(before.parameters(), lr=1e-3)
+    before.infer(x, y, steps=result.steps, tol=0.3, algorithm="ipc", optimizer=again, **settings)
+    for got, wanted in zip(net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(got, wanted)

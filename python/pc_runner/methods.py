@@ -242,7 +242,8 @@ def infer_bp(task: Task) -> Result:
 def infer_ipc(task: Task) -> Result:
     """Incremental PC (Salvatori et al. 2023): at every t all phi, and all weights by `optimizer`, step at once.
 
-    The weights' gradient is that of F averaged over the batch; both steps start from the same point.
+    The weights' gradient is that of F averaged over the batch; both steps start from the same point. With tol, they end
+    when every sample is frozen.
     """
     if task.optimizer is None:
         fail("optimizer", "a torch optimiser with algorithm='ipc'", None, "it changes the weights at every step")
@@ -259,12 +260,15 @@ def infer_ipc(task: Task) -> Result:
                 loss = loss_of(task, self._mus)
                 if loss.requires_grad:
                     loss.backward()
-                optimizer.step()
             return found
+
+    def step() -> None:
+        with torch.enable_grad():
+            optimizer.step()
 
     engine = Learning(task.program, task.states, task.inputs, task.rng)
     with torch.no_grad():
-        settled = settle(engine, nodes, task.moves)
+        settled = settle(engine, nodes, task.moves, step)
 
     def learn() -> Tensor:
         raise ValueError("result: wanted one of another algorithm, got 'ipc': its weights have moved during infer")

@@ -242,6 +242,7 @@ class Run:
 
     nodes: Nodes
     moves: Moves
+    every: int = CHECK_EVERY
     rows: list[Tensor] = field(default_factory=list)
     active: Tensor | None = None  # (B,) with tol
     done: Tensor | None = None  # moves, on the device, with tol
@@ -252,7 +253,8 @@ class Run:
             self.rows.append(errors.energy.mean(1))
 
     def still_active(self, step: int, gradients: Callable[[], list[Tensor]]) -> bool:
-        """With tol: freeze samples whose gradient's norm is below it. False where all have been seen frozen."""
+        """With tol: freeze samples whose gradient's norm is below it. False where all have been seen frozen, which is
+        looked for every `every` moves."""
         if self.moves.tol is None:
             return True
         square = torch.stack([g.flatten(1).square().sum(1) for g in gradients()]).sum(0)
@@ -260,15 +262,16 @@ class Run:
         self.active = below if self.active is None else self.active & below
         count = self.active.any().long()
         self.done = count if self.done is None else self.done + count
-        return step % CHECK_EVERY != 0 or bool(self.active.any())
+        return step % self.every != 0 or bool(self.active.any())
 
 
-def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
+def settle(engine: Engine, nodes: Nodes, moves: Moves, learn: Callable[[], Any] | None = None) -> Settled:
     """phi <- phi - lr (dE/dphi + J^T dE/dmu), `moves.steps` times, all nodes at once; the states' phis in place.
 
+    learn: the weights' step, taken after each of the states' (from gradients that `engine.feedback` left).
     Raises pck.InferenceDiverged for a non-finite state at the end.
     """
-    phis, run = nodes.phis(), Run(nodes, moves)
+    phis, run = nodes.phis(), Run(nodes, moves, CHECK_EVERY if learn is None else 1)
     moving = [phis[l] for l in nodes.free]
     velocities = [torch.zeros_like(phi) for phi in phis] if moves.momentum else None
     adam = AdamState(moving) if moves.optimizer is not None else None
@@ -286,6 +289,8 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
             nodes.update(phis, mus, errors, back, moves.at(step), velocities, frozen)
         else:
             adam.move(nodes, phis, mus, errors, back, moves.at(step), frozen)
+        if learn is not None:
+            learn()
     if moves.trace:
         run.note(Errors(nodes.energies(phis, engine.mus(moving)), [], []))
     done = steps if run.done is None else int(run.done)
