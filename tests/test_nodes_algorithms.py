@@ -211,3 +211,51 @@ def test_ipc_takes_no_step_once_every_sample_is_frozen(settings):
     before.infer(x, y, steps=result.steps, tol=0.3, algorithm="ipc", optimizer=again, **settings)
     for got, wanted in zip(net.parameters(), before.parameters(), strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("log_var", [-2.0, -1.0, 0.0, 1.0])
+def test_fixed_prediction_with_lr_1_is_backpropagation_whatever_the_variances(log_var):
+    net, x, y = gaussian_diag_chain(log_var)
+    weights = list(net.module.parameters())
+    wanted = torch.autograd.grad(nn.functional.cross_entropy(net(x), y), weights)
+    for steps in (2, 32):  # L - 1, and more
+        result = net.infer(x, y, steps=steps, algorithm="fixed_prediction")
+        net.backward(result)
+        for p, g in zip(weights, wanted, strict=True):
+            assert float((p.grad - g).norm() / g.norm()) < 1e-10
+        net.zero_grad()
+
+
+def test_fixed_prediction_takes_the_plain_gradient_where_it_is_asked_for():
+    net, x, y = gaussian_diag_chain(0.5)
+    for node in list(net.nodes)[:2]:
+        node.step = "euclidean"
+    result = net.infer(x, y, steps=1, lr=0.2, algorithm="fixed_prediction")
+    fc1, act, fc2, _, fc3 = net.module
+    first = act(fc1(x))
+    second = act(fc2(first))
+    (wanted,) = torch.autograd.grad(nn.functional.cross_entropy(fc3(second), y, reduction="sum"), second)
+    assert torch.allclose(result.phis[1], second - 0.2 * wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_epc_keeps_probabilities_above_their_floor(lr, dtype):
+    """Projected gradient descent: what is below the floor after a move is put there."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(7, 8), nn.Softmax(-1), nn.Linear(8, 5)).to(dtype)
+    net = PCNetwork.from_sequential(layers, energy=["categorical_probs", "categorical"])
+    x, y = torch.randn(6, 7, dtype=dtype), torch.randint(0, 5, (6,))
+    result = net.infer(x, y, steps=8, lr=lr, algorithm="epc")
+    double = copy.deepcopy(layers).double()
+    mu = double[1](double[0](x.double())).detach()
+    phi = mu.clone()
+    for _ in range(8):
+        phi.requires_grad_()
+        total = (phi * (phi / mu).log() - phi + mu).sum()
+        total = total + nn.functional.cross_entropy(double[2](phi), y, reduction="sum")
+        phi = (phi - lr * torch.autograd.grad(total, phi)[0]).detach().clamp(min=1e-6)
+    assert (phi == 1e-6).any() or lr == 0.05
+    assert result.phis[0].min() >= torch.tensor(1e-6, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    assert torch.allclose(result.phis[0].double(), phi, rtol=tolerance, atol=tolerance * 1e-2)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pc_kernels.pc_math import PROBABILITY_FLOOR
 from pc_runner.algorithms import NO_TARGET
 from pc_runner.arguments import check_dtype
 from pc_runner.capture import Captures, obstacle
@@ -127,8 +128,16 @@ def loss_of(task: Task, mus: Sequence[Tensor]) -> Tensor:
 
 
 def infer_fixed_prediction(task: Task) -> Result:
-    """mu, act', feed' and v stay at their forward values; phi moves to equilibrium (Millidge et al. 2022)."""
+    """mu, act', feed' and v stay at their forward values; phi moves to equilibrium (Millidge et al. 2022).
+
+    A "gaussian_diag" node, unless its step is "euclidean", moves by the gradient times its variances: lr 1 takes every
+    Gaussian node to its equilibrium at once.
+    """
     _forward_start(task, "fixed_prediction")
+    nodes = task.nodes
+    nodes.whitened = [
+        l for l in nodes.free if nodes.families[l] == "gaussian_diag" and nodes.states[l].node.step is None
+    ]
     leaves, mus = tape(task.program, task.states, task.inputs, task.free_phis, task.rng)
     fixed = [mu.detach() for mu in mus]
 
@@ -144,7 +153,7 @@ def infer_fixed_prediction(task: Task) -> Result:
             return pull(mus, leaves, grad_mus, keep=True)
 
     with torch.no_grad():
-        settled = settle(Forward(), task.nodes, task.moves)
+        settled = settle(Forward(), nodes, task.moves)
     return _result(task, "fixed_prediction", settled, "taped", lambda: loss_of(task, mus))
 
 
@@ -310,8 +319,8 @@ def _error_pass(task: Task, errors_now: Sequence[Tensor]) -> tuple[Errors, list[
         mus.append(mu)
         phi = state.phi
         if state.free:
-            leaves.append(next(free).detach().requires_grad_())
-            phi = mu + leaves[-1]
+            leaf, phi = _moved(state, mu, next(free))
+            leaves.append(leaf)
             phi = phi if state.hold is None else torch.where(state.hold, state.phi, phi)
         phis.append(phi)
         return mu if name in task.program.outputs else state.passes(phi, state.mask, state.noise)
@@ -327,6 +336,21 @@ def _error_pass(task: Task, errors_now: Sequence[Tensor]) -> tuple[Errors, list[
         if state.free:
             state.phi.copy_(phi.detach())
     return found, grads
+
+
+def _moved(state: State, mu: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """e as a leaf, and s = mu + e. Probabilities stay above their floor: e is raised, in place, to where s is there."""
+    leaf = error.detach().requires_grad_()
+    if state.node.energy != "categorical_probs":
+        return leaf, mu + leaf
+    least = torch.full_like(mu, PROBABILITY_FLOOR)
+    if state.mask is not None:
+        least = least.masked_fill(~state.mask, -torch.inf)
+    lowest = least - mu.detach()
+    low = error <= lowest
+    error.copy_(torch.maximum(error, lowest))
+    s = mu + leaf
+    return leaf, s - s.detach() + torch.where(low, least, s.detach())  # the gradient is that of mu + e there, too
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ class Nodes:
         self.priors = [l for l in self.free if states[l].node.prior]
         self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
         self.scales = [float(states[l].node.lr_scale) for l in self.free]
+        self.whitened: list[int] = []  # of a Gaussian with variances: `update` takes its gradient times these
 
     def phis(self) -> list[Tensor]:
         return [state.phi for state in self.states]
@@ -156,7 +157,7 @@ class Nodes:
         moves: Moves, velocities: list[Tensor] | None = None, frozen: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Move every free node, in place, by one launch. frozen: (B,) bool, samples that have converged."""
-        families, mus, back = list(self.families), list(mus), list(feedback)
+        families, mus, back, log_vars = list(self.families), list(mus), list(feedback), list(self.log_vars)
         for l in self.pairs:  # a Gaussian at its own mean has no gradient of its own: what is passed is all there is
             if self.states[l].free:
                 families[l], mus[l] = "gaussian", phis[l].clone()
@@ -164,13 +165,16 @@ class Nodes:
         for l in self.priors:  # the operator knows no prior; its gradient acts as feedback does
             grad = prior_errors(self.states[l], phis[l])[1]
             back[l] = grad if back[l] is None else grad + back[l]  # type: ignore[operator]
+        for l in self.whitened:  # e^lv (e^-lv (phi - mu) + back)
+            families[l], log_vars[l] = "gaussian", None
+            back[l] = None if back[l] is None else self.log_vars[l].exp() * back[l]  # type: ignore[union-attr,operator]
         at = self.free
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
         if at:
             ops.update_phi_(
                 _at(phis, at), _at(mus, at), _at(back, at), _at(families, at), self.rules, moves.lr, moves.momentum,
-                speeds, self.scales, _at(self.log_vars, at), _at(self.masks, at), _at(holds, at),
+                speeds, self.scales, _at(log_vars, at), _at(self.masks, at), _at(holds, at),
             )  # fmt: skip
 
     def freeze(self, frozen: Tensor) -> list[Tensor]:
