@@ -170,7 +170,11 @@ class PCNetwork(nn.Module):
     @ordinary()
     def loss(self, result: Result) -> Tensor:
         """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
-        want one. Its value is F / B, or, for a chain's "pc", 0."""
+        want one. Its value is F / B, or, for a chain's "pc", 0.
+
+        DDP averages gradients only of what passes through its own forward: let it wrap a module whose forward calls
+        `infer` and returns this (README, `pc_runner.distributed.Learner`), not the network.
+        """
         self._check_result(result)
         return loss_chain(result) if result.learn is None else result.learn()
 
