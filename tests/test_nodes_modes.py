@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Modes of torch around `infer` and `backward`, and tensors with a history: the numbers do not depend on them."""
+"""Modes of torch around `infer` and `backward`, tensors with a history, a result used twice, and frozen weights."""
 
 from __future__ import annotations
 
@@ -104,3 +104,44 @@ def test_nothing_is_learned_through_the_inputs(kind, algorithm):
         given = {name: phi.clone().requires_grad_() for name, phi in inner}
         net.backward(net.infer(x, y, steps=3, phis=given))
         assert all(phi.grad is None for phi in given.values())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_adds_as_often_as_it_is_called(kind, algorithm):
+    net, x, y = make(kind)
+    result = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    once = [p.grad.clone() for p in net.parameters()]
+    net.backward(result)
+    net.loss(result).backward()
+    for p, grad in zip(net.parameters(), once, strict=True):
+        assert torch.allclose(p.grad, 3 * grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("algorithm", ["zil", "fixed_prediction", "bp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tape_of_other_weights_is_refused(kind, algorithm):
+    net, x, y = make(kind)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    result = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    optimizer.step()
+    optimizer.zero_grad()
+    for call in (net.backward, net.loss):
+        with pytest.raises(ValueError, match="result: wanted the weights that infer saw, got changed ones"):
+            call(result)
+    assert all(p.grad is None for p in net.parameters())
+    net.backward(net.infer(x, y, steps=3, algorithm=algorithm))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_have_a_loss_and_no_gradient(kind, algorithm):
+    net, x, y = make(kind)
+    net.requires_grad_(False)
+    result = net.infer(x, y, steps=3, algorithm=algorithm)
+    net.backward(result)
+    loss = net.loss(result)
+    assert (loss.shape, loss.dtype) == (torch.Size(), torch.float64)
+    assert all(p.grad is None for p in net.parameters())

@@ -74,6 +74,8 @@ def loss_chain(result: Result) -> Tensor:
     if result.algorithm == "bp":
         return bp_loss(result)
     found = gradients_pc(result)
+    if not found:  # every parameter is frozen
+        return result.layers[0].weight.new_zeros(())
     return _Known.apply([g for _, g in found], *(p for p, _ in found))  # type: ignore[return-value]
 
 
@@ -142,7 +144,9 @@ def infer_chain(call: Call, algorithm: str) -> Result:
 def backward_chain(result: Result) -> None:
     """The gradients of what `infer_chain` returned."""
     if result.algorithm == "bp":
-        bp_loss(result).backward()
+        loss = bp_loss(result)
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)  # the result's own, as long as it lives
     else:
         backward_pc(result)
 

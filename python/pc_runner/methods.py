@@ -383,3 +383,4 @@ METHODS: dict[str, Callable[[Task], Result]] = {
     "bp": infer_bp,
 }
 UNIT_LR = ("zil", "fixed_prediction")  # algorithms whose lr is 1 unless given
+KEEPS_TAPE = ("zil", "fixed_prediction", "bp")  # algorithms whose results learn from the tape of their forward pass

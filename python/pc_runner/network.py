@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from pc_runner.capture import Captures, obstacle
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
-from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
+from pc_runner.methods import KEEPS_TAPE, METHODS, UNIT_LR, Task, WeightSteps, find_step, start
 from pc_runner.modes import ordinary, plain
 from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
@@ -142,22 +143,22 @@ class PCNetwork(nn.Module):
         if state_optimizer in (None, "sgd") and not isinstance(lr, (list, tuple)):
             call = self._chain_call(x, y, masks, settings, algorithm)
             if call is not None:
-                return infer_chain(call, algorithm)
+                return self._dated(infer_chain(call, algorithm))
         if precision not in ("fp32", "bf16") or (precision == "bf16" and all(n.linear is None for n in self._listed())):
             wanted = "'fp32' outside pck.infer's chains, or 'bf16' for an output with linear="
             fail("precision", wanted, repr(precision), "the module computes as it likes")
         moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace, precision)
         request = Request(_inputs(x), y, phis, clamp, masks, noise)
-        return METHODS[algorithm](
-            start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
-        )
+        task = start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
+        return self._dated(METHODS[algorithm](task))
 
     @ordinary()
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
 
-        For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone.
-        Raises ValueError for another network's result. TypeError for anything else.
+        For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone. Each
+        call adds it once more. Raises ValueError for another network's result, and for one of "bp", "zil" or
+        "fixed_prediction" once the weights that it belongs to have changed; TypeError for anything else.
         """
         self._check_result(result)
         if result.learn is None:
@@ -183,6 +184,16 @@ class PCNetwork(nn.Module):
             raise TypeError(f"result: wanted what infer returned, got {type(result).__name__}; call infer first")
         if result.owner is not self:
             raise ValueError("result: wanted one of this network, got another network's; call this network's infer")
+        if result.versions is not None and result.versions != self._versions():
+            remedy = f"algorithm={result.algorithm!r} learns from its own forward pass: infer again after a step"
+            fail("result", "the weights that infer saw", "changed ones", remedy)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters())
+
+    def _dated(self, result: Result) -> Result:
+        """The same, with the state of the weights where a tape of them was kept."""
+        return replace(result, versions=self._versions()) if result.algorithm in KEEPS_TAPE else result
 
     @ordinary()
     def explain(self, x: Any, y: Any = None) -> str:
