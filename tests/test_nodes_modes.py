@@ -12,17 +12,7 @@ from torch import Tensor, nn
 from tests import nets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = ("dag", "chain", "sequential")
 ALGORITHMS = [name for name in METHODS if name != "ipc"]
-
-
-def make(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PCNetwork, Tensor, Tensor]:
-    """The three ways through `infer`: a module's step, a module that is a chain, a Sequential."""
-    net, x, y = nets.make("Dag" if kind == "dag" else "Mlp")
-    if kind == "sequential":
-        layers = [layer for fc in net.module.fc for layer in (fc, nn.Tanh())][:-1]
-        net = PCNetwork.from_sequential(nn.Sequential(*layers), output="categorical")
-    return net.to(dtype), x.to(dtype), y
 
 
 def outcome(net: PCNetwork, result) -> list[Tensor]:
@@ -35,9 +25,9 @@ def outcome(net: PCNetwork, result) -> list[Tensor]:
 
 @pytest.mark.parametrize("learn_inside", [True, False])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_inference_mode_changes_nothing(kind, algorithm, learn_inside):
-    net, x, y = make(kind)
+    net, x, y = nets.make_way(kind)
     result = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(result)
     wanted = outcome(net, result)
@@ -59,9 +49,9 @@ def test_inference_mode_changes_nothing(kind, algorithm, learn_inside):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_autocast_changes_nothing(kind, algorithm):
-    net, x, y = make(kind, torch.float32)
+    net, x, y = nets.make_way(kind, torch.float32)
     result = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(result)
     wanted = outcome(net, result)
@@ -77,18 +67,18 @@ def test_autocast_changes_nothing(kind, algorithm):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_modules_of_16_bits_are_refused(kind, algorithm, dtype):
-    net, x, y = make(kind, dtype)
+    net, x, y = nets.make_way(kind, dtype)
     with pytest.raises(TypeError, match="float32") as caught:
         net.infer(x, y, steps=3, algorithm=algorithm)
     assert str(dtype).removeprefix("torch.") in str(caught.value)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_nothing_is_learned_through_the_inputs(kind, algorithm):
-    net, x, y = make(kind)
+    net, x, y = nets.make_way(kind)
     wanted = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(wanted)
     expected = outcome(net, wanted)
@@ -107,9 +97,9 @@ def test_nothing_is_learned_through_the_inputs(kind, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_backward_adds_as_often_as_it_is_called(kind, algorithm):
-    net, x, y = make(kind)
+    net, x, y = nets.make_way(kind)
     result = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(result)
     once = [p.grad.clone() for p in net.parameters()]
@@ -120,9 +110,9 @@ def test_backward_adds_as_often_as_it_is_called(kind, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["zil", "fixed_prediction", "bp"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_a_tape_of_other_weights_is_refused(kind, algorithm):
-    net, x, y = make(kind)
+    net, x, y = nets.make_way(kind)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     result = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(result)
@@ -136,9 +126,9 @@ def test_a_tape_of_other_weights_is_refused(kind, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", nets.WAYS)
 def test_frozen_weights_have_a_loss_and_no_gradient(kind, algorithm):
-    net, x, y = make(kind)
+    net, x, y = nets.make_way(kind)
     net.requires_grad_(False)
     result = net.infer(x, y, steps=3, algorithm=algorithm)
     net.backward(result)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
-from pc_runner.arguments import check_dtype
+from pc_runner.arguments import check_clamp, check_dtype, check_optimizer, renamed
 from pc_runner.inference import Link, Result
 from pc_runner.node import fail
 
@@ -30,8 +30,14 @@ class Call(NamedTuple):
 
 def infer_pc(call: Call) -> Result:
     """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`)."""
-    done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
     names = call.names or [f"nodes.{l}" for l in range(len(call.layers) - 1)] + ["output"]
+    clamps = call.settings["clamp"]
+    for name, clamp in zip(names, clamps if isinstance(clamps, (list, tuple)) else (), strict=False):
+        check_clamp(name, clamp)
+    try:
+        done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
+    except (ValueError, TypeError) as error:
+        raise renamed(error, names, {"target": "y"}) from None
     return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done, names=names)
 
 
@@ -119,10 +125,13 @@ def forward_nodes(links: Sequence[Link], layers: Sequence[pck.Layer], x: Tensor)
 
 def _output_energy(call: Call, mu: Tensor) -> Tensor:
     last, masks = call.layers[-1], call.masks
-    energies = pck.layer_energies(
-        [call.y], [mu], [last.energy], clamped=[True],  # type: ignore[list-item]
-        log_vars=[last.log_var], masks=None if masks is None else [masks[-1]],
-    )  # fmt: skip
+    try:
+        energies = pck.layer_energies(
+            [call.y], [mu], [last.energy], clamped=[True],  # type: ignore[list-item]
+            log_vars=[last.log_var], masks=None if masks is None else [masks[-1]],
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, ["output"], {"phis[0]": "y"}) from None
     return energies.sum() / max(len(mu), 1)
 
 
@@ -155,5 +164,4 @@ def bad_choice(name: str, known: Collection[str], optimizer: Any) -> None:
     """Raise ValueError for an algorithm that there is not, or an optimiser where none is taken."""
     if name not in known:
         fail("algorithm", f"one of {', '.join(known)}", repr(name), "'pc' is predictive coding")
-    if optimizer is not None and name != "ipc":
-        fail("optimizer", "None", type(optimizer).__name__, "only 'ipc' changes weights during infer")
+    check_optimizer(name, optimizer)

@@ -254,9 +254,8 @@ def infer_ipc(task: Task) -> Result:
     The weights' gradient is that of F averaged over the batch; both steps start from the same point. With tol, they end
     when every sample is frozen.
     """
-    if task.optimizer is None:
-        fail("optimizer", "a torch optimiser with algorithm='ipc'", None, "it changes the weights at every step")
     nodes, optimizer = task.nodes, task.optimizer
+    assert optimizer is not None  # check_optimizer has raised
     if task.moves.tol is not None and getattr(optimizer, "shared", False):
         remedy = "each process would stop after another move"
         fail("tol", "None where processes share the optimiser", task.moves.tol, remedy)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
+from pc_runner.arguments import chain_input, check_list, list_targets
 from pc_runner.capture import Captures, obstacle
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
@@ -222,7 +223,8 @@ class PCNetwork(nn.Module):
             if algorithm not in ("pc", "bp"):
                 return None
             flatten, links = read_chain(cast("nn.Sequential", self.module))
-            return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
+            x, (y,) = chain_input(x, flatten, links[0].linear.weight), list_targets(y, 1)
+            return Call(self, x, y, links, self._read(links), self._masks(masks), settings)
         if algorithm != "pc" or not isinstance(x, Tensor):
             return None
         program = self._program()
@@ -238,12 +240,14 @@ class PCNetwork(nn.Module):
         listed = [mine if mask is None else mask for mask, mine in zip(shown, own, strict=True)]
         layers = [stage.layer() for stage in chain.stages]
         masked = None if all(mask is None for mask in listed) else listed
-        return Call(self, x.flatten(1) if chain.flatten else x, y, [], layers, masked, settings | lists, names)
+        x, (y,) = chain_input(x, chain.flatten, layers[0].weight), list_targets(y, 1)
+        return Call(self, x, y, [], layers, masked, settings | lists, names)
 
     def _masks(self, masks: Masks) -> list[Tensor | None] | None:
         """The masks given, the nodes' own where there is none."""
         own = [node.mask for node in self._listed()]
         if masks is not None:
+            check_list("masks", masks)
             if len(masks) != len(own):
                 raise ValueError(
                     f"masks: wanted {len(own)} entries, one per node, got {len(masks)}; use None for no mask"

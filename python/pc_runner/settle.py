@@ -17,6 +17,7 @@ from torch.optim.adam import adam as adam_step
 
 import pc_kernels as pck
 from pc_kernels import ops
+from pc_runner.arguments import renamed
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
@@ -149,8 +150,14 @@ class Nodes:
         for l in self.heads:
             check_head(self.states[l], self.states[l].mu)
         rest = self if not self.heads else Nodes([state for state in self.states if state.head is None], self.seed)
-        if rest.states:
+        if not rest.states:
+            return
+        try:
             rest.energies(rest.phis(), [state.mu for state in rest.states])
+        except (ValueError, TypeError) as error:
+            own = [rest.states[l] for l in rest.own]
+            targets = {f"phis[{place}]": state.target for place, state in enumerate(own) if state.target}
+            raise renamed(error, [state.name for state in own], targets) from None
 
     def update(
         self, phis: Sequence[Tensor], mus: Sequence[Tensor], errors: Errors, feedback: Sequence[Tensor | None],
