@@ -3,28 +3,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+M = TypeVar("M", bound=Callable[..., Any])
 AUTOCASTS = ("cpu", "cuda")  # the kinds of device with a mode of their own
 
 
-@contextmanager
-def ordinary() -> Iterator[None]:
-    """Inside, inference mode is off (an inference differentiates, and its result is learned from later), and so is
-    autocast: states, errors and products are of the module's own dtype."""
-    with ExitStack() as modes:
-        if torch.is_inference_mode_enabled():
-            modes.enter_context(torch.inference_mode(False))
-        for kind in AUTOCASTS:
-            if torch.is_autocast_enabled(kind):
+def ordinary(method: M) -> M:
+    """The method with inference mode off (an inference differentiates, and its result is learned from later), and
+    autocast (states, errors and products are of the module's own dtype)."""
+
+    @wraps(method)
+    def call(*args: Any, **settings: Any) -> Any:
+        kinds = [kind for kind in AUTOCASTS if torch.is_autocast_enabled(kind)]
+        if not kinds and not torch.is_inference_mode_enabled():
+            return method(*args, **settings)
+        with ExitStack() as modes:
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+            for kind in kinds:
                 modes.enter_context(torch.autocast(kind, enabled=False))
-        yield
+            return method(*args, **settings)
+
+    return cast("M", call)
 
 
 def plain(value: Any) -> Any:

@@ -97,7 +97,7 @@ class PCNetwork(nn.Module):
         """What the module returns: the feed-forward prediction. The output nodes' feeds are not applied."""
         return self.module(*inputs)
 
-    @ordinary()
+    @ordinary
     def infer(
         self,
         x: Tensor | Sequence[Any],
@@ -153,7 +153,7 @@ class PCNetwork(nn.Module):
         task = start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
         return self._dated(METHODS[algorithm](task))
 
-    @ordinary()
+    @ordinary
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
 
@@ -169,7 +169,7 @@ class PCNetwork(nn.Module):
         if loss.requires_grad:
             loss.backward(retain_graph=True)  # the tape of "zil", "fixed_prediction" and "bp" is the result's own
 
-    @ordinary()
+    @ordinary
     def loss(self, result: Result) -> Tensor:
         """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
         want one. Its value is F / B, or, for a chain's "pc", 0.
@@ -196,7 +196,7 @@ class PCNetwork(nn.Module):
         """The same, with the state of the weights where a tape of them was kept."""
         return replace(result, versions=self._versions()) if result.algorithm in KEEPS_TAPE else result
 
-    @ordinary()
+    @ordinary
     def explain(self, x: Any, y: Any = None) -> str:
         """What `infer(x, y)` would take: a chain's backend and schedule, or how a module's step was traced. A module
         with nodes is run forward once."""
