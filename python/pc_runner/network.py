@@ -41,7 +41,8 @@ class PCNetwork(nn.Module):
 
     `net.module` is the module given; `net.nodes` the output's nodes (all nodes where `from_sequential` made the
     network). Parameters are read at every call. During both calls BatchNorm uses its running statistics, and dropout
-    (of a module in training) the mask that the first pass drew.
+    (of a module in training) the mask that the first pass drew; autocast and inference mode are off (states are of the
+    module's own dtype, float32 or float64).
     """
 
     module: nn.Module
