@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pc_runner import PCNetwork, PCNode
@@ -16,6 +17,8 @@ from pc_runner.data import load_images
 from pc_runner.distributed import SharedOptimizer, World, joined
 from pc_runner.train import train
 from torch import nn
+
+from tests.test_readme import BLOCKS
 
 METHODS = ("pc_fkl", "bp")
 
@@ -35,6 +38,7 @@ def work(out: Path, epochs: int, resume: bool = False) -> None:
             for method in METHODS:
                 train(ClassifierRun, replace(config, method=method), images, out / method, resume=resume, world=world)
             work_ipc(out, world)
+            work_own_loop(out, world)
     finally:
         torch.set_default_dtype(before)
 
@@ -64,6 +68,25 @@ def work_ipc(out: Path, world: World) -> None:
     if world.first:
         out.mkdir(parents=True, exist_ok=True)
         torch.save(net.state_dict(), out / "ipc.pt")
+
+
+def work_own_loop(out: Path, world: World) -> None:
+    """out/own_loop.pt: gradients of a batch of 8 by the README's wrapper, of a chain and of a module that is none."""
+    block = next(block for block in BLOCKS if "class Step" in block)
+    readme: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), readme)
+    grads = []
+    for chain in (True, False):
+        torch.manual_seed(3)
+        behind = [nn.Linear(5, 4)] if chain else [nn.LayerNorm(5), nn.Linear(5, 4)]
+        net = PCNetwork(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), PCNode("gaussian"), *behind), output="categorical")
+        x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+        mine, step = world.share(torch.arange(8)), readme["Step"](net)
+        step = step if world.size == 1 else nn.parallel.DistributedDataParallel(step)
+        step(x[mine], y[mine]).backward()
+        grads += [p.grad for p in net.parameters()]
+    if world.first:
+        torch.save(grads, out / "own_loop.pt")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,18 @@ def make(name: str, step: str | None = None) -> tuple[PCNetwork, Tensor, Tensor]
     return net, x, y.detach()
 
 
+WAYS = ("dag", "chain", "sequential")  # through `infer`: a module's step, a module that is a chain, a Sequential
+
+
+def make_way(kind: str, dtype: torch.dtype = torch.float64) -> tuple[PCNetwork, Tensor, Tensor]:
+    """(network, x, y) with a categorical output, seeded."""
+    net, x, y = make("Dag" if kind == "dag" else "Mlp")
+    if kind == "sequential":
+        layers = [layer for fc in net.module.fc for layer in (fc, nn.Tanh())][:-1]
+        net = PCNetwork.from_sequential(nn.Sequential(*layers), output="categorical")
+    return net.to(dtype), x.to(dtype), y
+
+
 # ------------------------------------------------------------------------------------------------------- the truth
 
 

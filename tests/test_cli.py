@@ -13,6 +13,7 @@ import pytest
 import torch
 from pc_runner.cli import main
 from pc_runner.config import METHODS, MODELS
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pc_kernels as pck
@@ -65,7 +66,7 @@ SETTINGS = {
     "--phi-lr": RATES,
     "--phi-momentum": ("-0.1", "1.5", "nan", "x"),
     "--theta-lr": RATES,
-    "--seed": ("-1", "x", "0.5"),
+    "--seed": ("-1", "x", "0.5", "99999999999999999999"),
 }
 MORE = {
     "--lr-scale": RATES,
@@ -73,7 +74,7 @@ MORE = {
     "--optimizer": ("adam", "LBFGS", "", "torch"),
     "--weight-updates": COUNTS,
     "--threads": COUNTS,
-    "--out": ("a-file", "a-file/below", ""),
+    "--out": ("a-file", "a-file/below", "", "/proc/none/x", "a" * 300, "~nobody-here/x"),
 }
 MORE_OF_VAES = {
     "--epochs": COUNTS,
@@ -100,7 +101,7 @@ BAD = {
         **MORE,
         "--models": ("m4", "m1,,m2", "m1,m1", ""),
         "--methods": ("pcf", "bp,x", "bp,bp", ""),
-        "--seeds": ("-1", "0,x", "1,1", ""),
+        "--seeds": ("-1", "0,x", "1,1", "", "0,18446744073709551616"),
         "--sweep-lrs": ("-0.1", "0.1,x", "0.1,0.1", ""),
         "--sweep": ("1", "yes", ""),
         "--sweep-epochs": COUNTS,
@@ -108,11 +109,15 @@ BAD = {
     "reproduce fig5": {
         **MORE_OF_VAES,
         "--models": ("m1", "vae,,vae_wide", "vae,vae", ""),
-        "--seeds": ("-1", "0,x", "1,1", ""),
+        "--seeds": ("-1", "0,x", "1,1", "", "0,18446744073709551616"),
         "--sweep-lrs": ("-0.1", "0.1,x", "0.1,0.1", ""),
         "--sweep-epochs": COUNTS,
     },
-    "reproduce fig6": {**MORE_OF_VAES, "--model": ("m1", "vae,vae_wide", ""), "--seed": ("-1", "x", "0,1")},
+    "reproduce fig6": {
+        **MORE_OF_VAES,
+        "--model": ("m1", "vae,vae_wide", ""),
+        "--seed": ("-1", "x", "0,1", "18446744073709551616"),
+    },
     "eval run": {"--threads": COUNTS, "--json": ("1", "x", "")},
     "info": {"--threads": COUNTS, "--json": ("1", "x", "")},
 }
@@ -173,6 +178,24 @@ def test_a_run_that_is_in_the_way_is_left_alone(trained, capsys):
     (trained / "checkpoint.safetensors").write_bytes(b"no")
     check_refused(["train", *TINY, "--out", "run", "--resume"], capsys, "checkpoint.safetensors")
     check_refused(["eval", "run"], capsys, "checkpoint.safetensors")
+
+
+def test_an_empty_folder_name_is_called_that(capsys):
+    check_refused(["train", "--out", ""], capsys, "--out", "wanted a folder, got ''; name one")
+
+
+def test_the_largest_seed_trains(capsys):
+    assert main(["train", *TINY, "--seed", str(2**64 - 1)]) == 0
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(trained, capsys):
+    path = trained / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("model.") and name.endswith("weight"))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, path, about)
+    check_refused(["eval", "run"], capsys, "not finite", name.removeprefix("model."))
 
 
 @pytest.mark.parametrize(("name", "text"), [("turbo", "cpp"), ("cuda", "cannot run"), ("", "cpp")])

@@ -43,6 +43,8 @@ def test_two_processes_are_one_on_the_joint_batch_and_resume_as_any_number(tmp_p
     torchrun([str(WORKER), str(two), "1"])
     by_ipc = [torch.load(folder / "ipc.pt") for folder in (one, two)]
     assert furthest(*by_ipc) < 1e-12
+    alone, shared = (torch.load(folder / "own_loop.pt") for folder in (one, two))
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(shared, alone, strict=True)) < 1e-12
     distributed_worker.work(two, 2, resume=True)  # another number of processes goes on
     for method in distributed_worker.METHODS:
         assert furthest(weights(two / method), weights(one / method)) < 1e-12

@@ -163,3 +163,99 @@ def test_algorithms_of_a_sequential_are_those_of_the_same_module():
             chain.zero_grad()
         for a, b in zip(*grads, strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-14), algorithm
+
+
+def gaussian_diag_chain(log_var: float = 0.0) -> tuple[PCNetwork, torch.Tensor, torch.Tensor]:
+    """Two hidden nodes with variances of their own, float64; a Sequential, which walks like any module here."""
+    torch.manual_seed(5)
+    layers = [nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)]
+    net = PCNetwork.from_sequential(
+        nn.Sequential(*layers).double(), energy=["gaussian_diag", "gaussian_diag", "categorical"]
+    )
+    for node in list(net.nodes)[:2]:
+        node.log_var.data += log_var + 0.5 * torch.randn_like(node.log_var)
+    return net, torch.randn(6, 7).double(), torch.randint(0, 5, (6,))
+
+
+def test_ipc_moves_states_by_the_variances_that_they_started_from():
+    net, x, y = gaussian_diag_chain()
+    twin = copy.deepcopy(net)
+    fc1, act, fc2, _, fc3 = twin.module
+    variances = [node.log_var for node in list(twin.nodes)[:2]]
+    mine, theirs = (torch.optim.SGD(n.parameters(), lr=0.1) for n in (net, twin))
+    result = net.infer(x, y, steps=6, lr=0.1, algorithm="ipc", optimizer=mine)
+    phis = [mu.detach() for mu in (act(fc1(x)), act(fc2(act(fc1(x)))))]
+    for _ in range(6):
+        phis = [phi.requires_grad_() for phi in phis]
+        mus = [act(fc1(x)), act(fc2(phis[0])), fc3(phis[1])]
+        terms = [0.5 * ((p - m).square() * (-v).exp() + v) for p, m, v in zip(phis, mus, variances, strict=False)]
+        total = sum(term.sum() for term in terms) + nn.functional.cross_entropy(mus[2], y, reduction="sum")
+        grads = torch.autograd.grad(total, phis, retain_graph=True)
+        theirs.zero_grad()
+        (total / len(x)).backward(inputs=list(twin.parameters()))
+        theirs.step()
+        phis = [(phi - 0.1 * g).detach() for phi, g in zip(phis, grads, strict=True)]
+    for got, wanted in zip([*result.phis[:2], *net.parameters()], [*phis, *twin.parameters()], strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.1}, {"lr": 0.02, "state_optimizer": "adam"}])
+def test_ipc_takes_no_step_once_every_sample_is_frozen(settings):
+    net, x, y = nets.make("Dag")
+    before = copy.deepcopy(net)
+    optimizer, moved = torch.optim.SGD(net.parameters(), lr=1e-3), []
+    optimizer.register_step_post_hook(lambda *_: moved.append(True))
+    result = net.infer(x, y, steps=500, tol=0.3, algorithm="ipc", optimizer=optimizer, **settings)
+    assert 0 < result.steps == len(moved) < 500
+    again = torch.optim.SGD(before.parameters(), lr=1e-3)
+    before.infer(x, y, steps=result.steps, tol=0.3, algorithm="ipc", optimizer=again, **settings)
+    for got, wanted in zip(net.parameters(), before.parameters(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("log_var", [-2.0, -1.0, 0.0, 1.0])
+def test_fixed_prediction_with_lr_1_is_backpropagation_whatever_the_variances(log_var):
+    net, x, y = gaussian_diag_chain(log_var)
+    weights = list(net.module.parameters())
+    wanted = torch.autograd.grad(nn.functional.cross_entropy(net(x), y), weights)
+    for steps in (2, 32):  # L - 1, and more
+        result = net.infer(x, y, steps=steps, algorithm="fixed_prediction")
+        net.backward(result)
+        for p, g in zip(weights, wanted, strict=True):
+            assert float((p.grad - g).norm() / g.norm()) < 1e-10
+        net.zero_grad()
+
+
+def test_fixed_prediction_takes_the_plain_gradient_where_it_is_asked_for():
+    net, x, y = gaussian_diag_chain(0.5)
+    for node in list(net.nodes)[:2]:
+        node.step = "euclidean"
+    result = net.infer(x, y, steps=1, lr=0.2, algorithm="fixed_prediction")
+    fc1, act, fc2, _, fc3 = net.module
+    first = act(fc1(x))
+    second = act(fc2(first))
+    (wanted,) = torch.autograd.grad(nn.functional.cross_entropy(fc3(second), y, reduction="sum"), second)
+    assert torch.allclose(result.phis[1], second - 0.2 * wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_epc_keeps_probabilities_above_their_floor(lr, dtype):
+    """Projected gradient descent: what is below the floor after a move is put there."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(7, 8), nn.Softmax(-1), nn.Linear(8, 5)).to(dtype)
+    net = PCNetwork.from_sequential(layers, energy=["categorical_probs", "categorical"])
+    x, y = torch.randn(6, 7, dtype=dtype), torch.randint(0, 5, (6,))
+    result = net.infer(x, y, steps=8, lr=lr, algorithm="epc")
+    double = copy.deepcopy(layers).double()
+    mu = double[1](double[0](x.double())).detach()
+    phi = mu.clone()
+    for _ in range(8):
+        phi.requires_grad_()
+        total = (phi * (phi / mu).log() - phi + mu).sum()
+        total = total + nn.functional.cross_entropy(double[2](phi), y, reduction="sum")
+        phi = (phi - lr * torch.autograd.grad(total, phi)[0]).detach().clamp(min=1e-6)
+    assert (phi == 1e-6).any() or lr == 0.05
+    assert result.phis[0].min() >= torch.tensor(1e-6, dtype=dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-3
+    assert torch.allclose(result.phis[0].double(), phi, rtol=tolerance, atol=tolerance * 1e-2)

@@ -286,7 +286,7 @@ REFUSED = {
     "steps": ({"steps": -1, "algorithm": "epc"}, "steps: wanted a whole number >= 0"),
     "bp": ({"algorithm": "bp", "clamp": {"n": True}, "phis": {"n": X}}, "clamp: wanted None for hidden nodes"),
     "start": ({"algorithm": "zil", "phis": {"n": X}}, "phis: wanted None with algorithm='zil'"),
-    "target": ({"y": Y[:, :2]}, "phis[1]"),
+    "target": ({"y": Y[:, :2]}, "y: wanted shape (2, 3)"),
 }  # fmt: skip
 
 

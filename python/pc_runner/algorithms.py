@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
+from pc_runner.arguments import check_clamp, check_dtype, check_optimizer, renamed
 from pc_runner.inference import Link, Result
 from pc_runner.node import fail
 
@@ -29,8 +30,14 @@ class Call(NamedTuple):
 
 def infer_pc(call: Call) -> Result:
     """Gradient moves of all free phi on F = sum_l E_l (`pck.infer`)."""
-    done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
     names = call.names or [f"nodes.{l}" for l in range(len(call.layers) - 1)] + ["output"]
+    clamps = call.settings["clamp"]
+    for name, clamp in zip(names, clamps if isinstance(clamps, (list, tuple)) else (), strict=False):
+        check_clamp(name, clamp)
+    try:
+        done = pck.infer(call.x, call.layers, target=call.y, masks=call.masks, **call.settings)
+    except (ValueError, TypeError) as error:
+        raise renamed(error, names, {"target": "y"}) from None
     return Result(done.phis, done.energy, "pc", call.owner, call.x, call.layers, inference=done, names=names)
 
 
@@ -73,6 +80,8 @@ def loss_chain(result: Result) -> Tensor:
     if result.algorithm == "bp":
         return bp_loss(result)
     found = gradients_pc(result)
+    if not found:  # every parameter is frozen
+        return result.layers[0].weight.new_zeros(())
     return _Known.apply([g for _, g in found], *(p for p, _ in found))  # type: ignore[return-value]
 
 
@@ -91,6 +100,7 @@ def infer_bp(call: Call) -> Result:
         raise ValueError("masks: wanted None for hidden nodes with algorithm='bp', got a mask; use algorithm='pc'")
     with torch.enable_grad():
         mus = forward_nodes(call.links, call.layers, call.x)
+        check_dtype("nodes.0", mus[0])
         loss = None if call.y is None else _output_energy(call, mus[-1])
     phis = [mu.detach() for mu in mus]
     energy = None
@@ -115,10 +125,13 @@ def forward_nodes(links: Sequence[Link], layers: Sequence[pck.Layer], x: Tensor)
 
 def _output_energy(call: Call, mu: Tensor) -> Tensor:
     last, masks = call.layers[-1], call.masks
-    energies = pck.layer_energies(
-        [call.y], [mu], [last.energy], clamped=[True],  # type: ignore[list-item]
-        log_vars=[last.log_var], masks=None if masks is None else [masks[-1]],
-    )  # fmt: skip
+    try:
+        energies = pck.layer_energies(
+            [call.y], [mu], [last.energy], clamped=[True],  # type: ignore[list-item]
+            log_vars=[last.log_var], masks=None if masks is None else [masks[-1]],
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, ["output"], {"phis[0]": "y"}) from None
     return energies.sum() / max(len(mu), 1)
 
 
@@ -140,7 +153,9 @@ def infer_chain(call: Call, algorithm: str) -> Result:
 def backward_chain(result: Result) -> None:
     """The gradients of what `infer_chain` returned."""
     if result.algorithm == "bp":
-        bp_loss(result).backward()
+        loss = bp_loss(result)
+        if loss.requires_grad:
+            loss.backward(retain_graph=True)  # the result's own, as long as it lives
     else:
         backward_pc(result)
 
@@ -149,5 +164,4 @@ def bad_choice(name: str, known: Collection[str], optimizer: Any) -> None:
     """Raise ValueError for an algorithm that there is not, or an optimiser where none is taken."""
     if name not in known:
         fail("algorithm", f"one of {', '.join(known)}", repr(name), "'pc' is predictive coding")
-    if optimizer is not None and name != "ipc":
-        fail("optimizer", "None", type(optimizer).__name__, "only 'ipc' changes weights during infer")
+    check_optimizer(name, optimizer)

@@ -195,9 +195,13 @@ def _noted(note: str) -> str:
 
 
 def _read_run(path: Path) -> tuple[Path, Checkpoint, Any]:
-    """A run's checkpoint file, what is in it, and its configuration."""
+    """A run's checkpoint file, what is in it, and its configuration. CheckpointError for one that is of no use."""
     path = path / CHECKPOINT if path.is_dir() else path
     checkpoint = load_checkpoint(path)
+    broken = [name for name, weight in checkpoint.model.items() if not weight.isfinite().all()]
+    if broken:
+        remedy = "train it anew, with a lower --theta-lr or --phi-lr"
+        raise CheckpointError(path, f"holds weights that are not finite ({broken[0]})", remedy)
     try:
         return path, checkpoint, config_from(checkpoint.progress["config"])
     except (AttributeError, KeyError, TypeError, ConfigError) as error:

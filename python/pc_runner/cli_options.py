@@ -8,9 +8,10 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from pc_runner.config import DEFAULT_HIDDEN, METHODS, Settings
+from pc_runner.config import DEFAULT_HIDDEN, METHODS, SEEDS, Settings
 from pc_runner.experiments import EXPERIMENTS
 
 BAD_INPUT = 2
@@ -53,6 +54,14 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """A whole number that generators take."""
+    value = whole(text)
+    if not 0 <= value < SEEDS:
+        raise argparse.ArgumentTypeError(f"wanted a whole number from 0 to 2^64 - 1, got {value}; a small one will do")
+    return value
+
+
 def real(text: str) -> float:
     """A finite number."""
     try:
@@ -86,12 +95,19 @@ def widths(text: str) -> tuple[int, ...]:
 
 
 def folder(text: str) -> Path:
-    """A folder that exists or can be made."""
-    path = Path(text).expanduser()
-    nearest = next((p for p in (path, *path.parents) if p.exists()), path)
-    if not text or not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"wanted a folder, got {text!r}; {str(nearest)!r} is a file")
-    return path
+    """A folder that can be written, or made."""
+    if not text:
+        raise argparse.ArgumentTypeError("wanted a folder, got ''; name one, or leave it out for the default")
+    try:
+        path = Path(text).expanduser()
+        nearest = next((p for p in (path, *path.parents) if p.exists()), path)
+        if nearest.is_dir():
+            with TemporaryDirectory(prefix=".pc-run-", dir=nearest):
+                return path
+        problem = f"{str(nearest)!r} is a file"
+    except (OSError, RuntimeError) as error:  # the latter for the home of a user that there is not
+        problem = getattr(error, "strerror", None) or str(error)
+    raise argparse.ArgumentTypeError(f"wanted a folder that can be written, got {text!r}; {problem}")
 
 
 SETTINGS: dict[str, tuple[Callable[[str], Any] | None, str, str]] = {  # without a type: a switch
@@ -124,7 +140,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Any] | None, str, str]] = {  # without
     "intermediate": (whole, "W", "width within a block"),
     "tied": (None, "", "decode with the embedding's weights"),
     "projections": (None, "", "value nodes on Q, K, V and the attention's output, too"),
-    "seed": (whole, "N", "of the weights and of the order of the samples"),
+    "seed": (seed, "N", "of the weights and of the order of the samples"),
 }
 
 

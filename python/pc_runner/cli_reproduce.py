@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pc_runner import fig5, fig6, fig7, memory, reproduce
-from pc_runner.cli_options import add_common, add_settings, folder, given_settings, print_json, real, several, whole
+from pc_runner.cli_options import (
+    add_common,
+    add_settings,
+    folder,
+    given_settings,
+    print_json,
+    real,
+    seed,
+    several,
+    whole,
+)
 from pc_runner.config import MODELS, VAE_METHODS, VAES, ConfigError, LanguageConfig, TrainConfig, VaeConfig
 from pc_runner.data import load_images
 from pc_runner.experiments import LANGUAGE
@@ -48,7 +58,7 @@ def _add_out(parser: argparse.ArgumentParser, name: str) -> None:
 def _add_fig3(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=several(str), metavar="A,B", default=tuple(MODELS), help="models to train")
     parser.add_argument("--methods", type=several(str), metavar="A,B", help="methods, if not those of the figure")
-    parser.add_argument("--seeds", type=several(whole), metavar="N,N", default=(0, 1, 2), help="seeds")
+    parser.add_argument("--seeds", type=several(seed), metavar="N,N", default=(0, 1, 2), help="seeds")
     own = ("model", "method", "seed", "phi_lr")
     add_settings(parser, TrainConfig(data="mnist"), [n for n in TrainConfig.__dataclass_fields__ if n not in own])
     parser.add_argument(
@@ -87,7 +97,7 @@ def fig3_command(args: argparse.Namespace) -> int:
 
 def _add_fig5(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=several(str), metavar="A,B", default=tuple(VAES), help="autoencoders to train")
-    parser.add_argument("--seeds", type=several(whole), metavar="N,N", default=(0, 1, 2), help="seeds")
+    parser.add_argument("--seeds", type=several(seed), metavar="N,N", default=(0, 1, 2), help="seeds")
     _add_vae_settings(parser)
     parser.add_argument("--sweep", action="store_true", help="first try --sweep-lrs on 10,000 images with seed 0")
     lrs = fig5.SWEEP_LRS
@@ -102,7 +112,7 @@ def _add_fig5(parser: argparse.ArgumentParser) -> None:
 def _add_fig6(parser: argparse.ArgumentParser) -> None:
     default = next(iter(VAES))
     parser.add_argument("--model", type=str, metavar="NAME", default=default, help=f"one of {', '.join(VAES)}")
-    parser.add_argument("--seed", type=whole, metavar="N", default=0, help="of the networks")
+    parser.add_argument("--seed", type=seed, metavar="N", default=0, help="of the networks")
     _add_vae_settings(parser)
     _add_out(parser, "fig5")
     add_common(parser, fig6_command)
@@ -158,7 +168,7 @@ def _run_figure(args: argparse.Namespace, wanted: fig5.Fig5, run: Any, show: Any
 def _add_fig7(parser: argparse.ArgumentParser) -> None:
     paper = fig7.PAPER
     parser.add_argument("--methods", type=several(str), metavar="A,B", default=paper, help="methods to train")
-    parser.add_argument("--seeds", type=several(whole), metavar="N,N", default=(0, 1, 2), help="seeds")
+    parser.add_argument("--seeds", type=several(seed), metavar="N,N", default=(0, 1, 2), help="seeds")
     own = ("model", "method", "seed")
     add_settings(parser, LanguageConfig(), [n for n in LanguageConfig.__dataclass_fields__ if n not in own])
     count = len(fig7.BP_RATES)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+SEEDS = 2**64  # torch's generators take fewer
 DEFAULT_HIDDEN = (512, 512, 512)
 PROBS_LR_SCALE = 0.003  # a node lr of 3e-4 where phi's is 0.1 (README, section 2)
 
@@ -115,6 +116,8 @@ class Settings:
             _check_count(name, getattr(self, name), 1)
         for name in ("steps", "seed"):
             _check_count(name, getattr(self, name), 0)
+        if self.seed >= SEEDS:
+            _fail("seed", "a whole number below 2^64", self.seed, "any small one will do")
         if self.limit is not None:
             _check_count("limit", self.limit, 1)
         for name in ("phi_lr", "theta_lr"):

@@ -187,6 +187,7 @@ class Result:
     settled: Settled | None = field(default=None, repr=False)  # of a module with nodes
     learn: Callable[[], Tensor] | None = field(default=None, repr=False)  # the loss that `backward` takes there
     path: str = field(default="autograd", repr=False)
+    versions: tuple[int, ...] | None = field(default=None, repr=False)  # of the parameters, where `learn` keeps a tape
 
     @property
     def steps(self) -> int:

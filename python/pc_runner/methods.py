@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pc_kernels.pc_math import PROBABILITY_FLOOR
 from pc_runner.algorithms import NO_TARGET
+from pc_runner.arguments import check_dtype
 from pc_runner.capture import Captures, obstacle
 from pc_runner.engine import Engine, Taped, Traced, Traces, pull, tape
 from pc_runner.inference import Result
@@ -64,6 +66,8 @@ def start(
     states = record(program, request)
     if not states:
         fail("module", "at least one PCNode", "none", "put one in, or pass output=PCNode(...)")
+    for state in states:
+        check_dtype(state.name, state.mu)
     seed = int(rng[0][:8].view(torch.int64)[0]) % 2**31 if _samples(states) else 0
     nodes = Nodes(states, seed, moves.precision)
     nodes.check()
@@ -124,8 +128,16 @@ def loss_of(task: Task, mus: Sequence[Tensor]) -> Tensor:
 
 
 def infer_fixed_prediction(task: Task) -> Result:
-    """mu, act', feed' and v stay at their forward values; phi moves to equilibrium (Millidge et al. 2022)."""
+    """mu, act', feed' and v stay at their forward values; phi moves to equilibrium (Millidge et al. 2022).
+
+    A "gaussian_diag" node, unless its step is "euclidean", moves by the gradient times its variances: lr 1 takes every
+    Gaussian node to its equilibrium at once.
+    """
     _forward_start(task, "fixed_prediction")
+    nodes = task.nodes
+    nodes.whitened = [
+        l for l in nodes.free if nodes.families[l] == "gaussian_diag" and nodes.states[l].node.step is None
+    ]
     leaves, mus = tape(task.program, task.states, task.inputs, task.free_phis, task.rng)
     fixed = [mu.detach() for mu in mus]
 
@@ -141,7 +153,7 @@ def infer_fixed_prediction(task: Task) -> Result:
             return pull(mus, leaves, grad_mus, keep=True)
 
     with torch.no_grad():
-        settled = settle(Forward(), task.nodes, task.moves)
+        settled = settle(Forward(), nodes, task.moves)
     return _result(task, "fixed_prediction", settled, "taped", lambda: loss_of(task, mus))
 
 
@@ -239,11 +251,11 @@ def infer_bp(task: Task) -> Result:
 def infer_ipc(task: Task) -> Result:
     """Incremental PC (Salvatori et al. 2023): at every t all phi, and all weights by `optimizer`, step at once.
 
-    The weights' gradient is that of F averaged over the batch; both steps start from the same point.
+    The weights' gradient is that of F averaged over the batch; both steps start from the same point. With tol, they end
+    when every sample is frozen.
     """
-    if task.optimizer is None:
-        fail("optimizer", "a torch optimiser with algorithm='ipc'", None, "it changes the weights at every step")
     nodes, optimizer = task.nodes, task.optimizer
+    assert optimizer is not None  # check_optimizer has raised
     if task.moves.tol is not None and getattr(optimizer, "shared", False):
         remedy = "each process would stop after another move"
         fail("tol", "None where processes share the optimiser", task.moves.tol, remedy)
@@ -256,12 +268,15 @@ def infer_ipc(task: Task) -> Result:
                 loss = loss_of(task, self._mus)
                 if loss.requires_grad:
                     loss.backward()
-                optimizer.step()
             return found
+
+    def step() -> None:
+        with torch.enable_grad():
+            optimizer.step()
 
     engine = Learning(task.program, task.states, task.inputs, task.rng)
     with torch.no_grad():
-        settled = settle(engine, nodes, task.moves)
+        settled = settle(engine, nodes, task.moves, step)
 
     def learn() -> Tensor:
         raise ValueError("result: wanted one of another algorithm, got 'ipc': its weights have moved during infer")
@@ -303,8 +318,8 @@ def _error_pass(task: Task, errors_now: Sequence[Tensor]) -> tuple[Errors, list[
         mus.append(mu)
         phi = state.phi
         if state.free:
-            leaves.append(next(free).detach().requires_grad_())
-            phi = mu + leaves[-1]
+            leaf, phi = _moved(state, mu, next(free))
+            leaves.append(leaf)
             phi = phi if state.hold is None else torch.where(state.hold, state.phi, phi)
         phis.append(phi)
         return mu if name in task.program.outputs else state.passes(phi, state.mask, state.noise)
@@ -320,6 +335,21 @@ def _error_pass(task: Task, errors_now: Sequence[Tensor]) -> tuple[Errors, list[
         if state.free:
             state.phi.copy_(phi.detach())
     return found, grads
+
+
+def _moved(state: State, mu: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """e as a leaf, and s = mu + e. Probabilities stay above their floor: e is raised, in place, to where s is there."""
+    leaf = error.detach().requires_grad_()
+    if state.node.energy != "categorical_probs":
+        return leaf, mu + leaf
+    least = torch.full_like(mu, PROBABILITY_FLOOR)
+    if state.mask is not None:
+        least = least.masked_fill(~state.mask, -torch.inf)
+    lowest = least - mu.detach()
+    low = error <= lowest
+    error.copy_(torch.maximum(error, lowest))
+    s = mu + leaf
+    return leaf, s - s.detach() + torch.where(low, least, s.detach())  # the gradient is that of mu + e there, too
 
 
 @torch.no_grad()
@@ -352,3 +382,4 @@ METHODS: dict[str, Callable[[Task], Result]] = {
     "bp": infer_bp,
 }
 UNIT_LR = ("zil", "fixed_prediction")  # algorithms whose lr is 1 unless given
+KEEPS_TAPE = ("zil", "fixed_prediction", "bp")  # algorithms whose results learn from the tape of their forward pass

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
+from pc_runner.arguments import chain_input, check_list, list_targets
 from pc_runner.capture import Captures, obstacle
 from pc_runner.chains import ModuleChain, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
-from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
+from pc_runner.methods import KEEPS_TAPE, METHODS, UNIT_LR, Task, WeightSteps, find_step, start
+from pc_runner.modes import ordinary, plain
 from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
 from pc_runner.tracing import Step
@@ -38,7 +41,8 @@ class PCNetwork(nn.Module):
 
     `net.module` is the module given; `net.nodes` the output's nodes (all nodes where `from_sequential` made the
     network). Parameters are read at every call. During both calls BatchNorm uses its running statistics, and dropout
-    (of a module in training) the mask that the first pass drew.
+    (of a module in training) the mask that the first pass drew; autocast and inference mode are off (states are of the
+    module's own dtype, float32 or float64).
     """
 
     module: nn.Module
@@ -94,6 +98,7 @@ class PCNetwork(nn.Module):
         """What the module returns: the feed-forward prediction. The output nodes' feeds are not applied."""
         return self.module(*inputs)
 
+    @ordinary
     def infer(
         self,
         x: Tensor | Sequence[Any],
@@ -114,7 +119,8 @@ class PCNetwork(nn.Module):
     ) -> Result:
         """Settle the states: phi_l <- phi_l - lr dF/dphi_l, `steps` times, from the feed-forward values.
 
-        x: what the module takes, a tensor (B, ...) or a tuple of arguments.
+        x: what the module takes, a tensor (B, ...) or a tuple of arguments. No graph is recorded into x, or any other
+        argument: a layer that is to learn, too, belongs in the module.
         y: the target that clamps the output: class indices (B, ...) or probabilities (B, ..., D) for a categorical
         output, values otherwise; a tuple with one entry per output; None leaves it free.
         lr: one for all moves, or a list with one per move; None is 0.1; 1 for "zil" (always) and "fixed_prediction".
@@ -130,6 +136,7 @@ class PCNetwork(nn.Module):
         Raises ValueError or TypeError that names the argument, `pck.InferenceDiverged`, `pck.BackendUnavailable`.
         """
         bad_choice(algorithm, METHODS, optimizer)
+        x, y, phis, clamp, masks, noise = map(plain, (x, y, phis, clamp, masks, noise))
         lr = lr if lr is not None else (1.0 if algorithm in UNIT_LR else 0.1)
         if algorithm == "zil" and (lr != 1.0 or momentum):
             fail("lr", "1 and no momentum with algorithm='zil'", f"{lr}, {momentum}", "leave both out")
@@ -138,21 +145,22 @@ class PCNetwork(nn.Module):
         if state_optimizer in (None, "sgd") and not isinstance(lr, (list, tuple)):
             call = self._chain_call(x, y, masks, settings, algorithm)
             if call is not None:
-                return infer_chain(call, algorithm)
+                return self._dated(infer_chain(call, algorithm))
         if precision not in ("fp32", "bf16") or (precision == "bf16" and all(n.linear is None for n in self._listed())):
             wanted = "'fp32' outside pck.infer's chains, or 'bf16' for an output with linear="
             fail("precision", wanted, repr(precision), "the module computes as it likes")
         moves = read_moves(steps, lr, momentum, tol, state_optimizer, trace, precision)
         request = Request(_inputs(x), y, phis, clamp, masks, noise)
-        return METHODS[algorithm](
-            start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
-        )
+        task = start(self, self._program(y), request, moves, self._traces, self._captures, optimizer)
+        return self._dated(METHODS[algorithm](task))
 
+    @ordinary
     def backward(self, result: Result) -> None:
         """Add the gradient of F at `result`, averaged over the batch, to every p.grad, as loss.backward() does.
 
-        For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone.
-        Raises ValueError for another network's result. TypeError for anything else.
+        For "bp" it is the gradient of the output's energy. Parameters that do not require grad are left alone. Each
+        call adds it once more. Raises ValueError for another network's result, and for one of "bp", "zil" or
+        "fixed_prediction" once the weights that it belongs to have changed; TypeError for anything else.
         """
         self._check_result(result)
         if result.learn is None:
@@ -162,9 +170,14 @@ class PCNetwork(nn.Module):
         if loss.requires_grad:
             loss.backward(retain_graph=True)  # the tape of "zil", "fixed_prediction" and "bp" is the result's own
 
+    @ordinary
     def loss(self, result: Result) -> Tensor:
         """A scalar whose `backward()` does what `self.backward(result)` does: for DistributedDataParallel, whose hooks
-        want one. Its value is F / B, or, for a chain's "pc", 0."""
+        want one. Its value is F / B, or, for a chain's "pc", 0.
+
+        DDP averages gradients only of what passes through its own forward: let it wrap a module whose forward calls
+        `infer` and returns this (README, `pc_runner.distributed.Learner`), not the network.
+        """
         self._check_result(result)
         return loss_chain(result) if result.learn is None else result.learn()
 
@@ -173,10 +186,22 @@ class PCNetwork(nn.Module):
             raise TypeError(f"result: wanted what infer returned, got {type(result).__name__}; call infer first")
         if result.owner is not self:
             raise ValueError("result: wanted one of this network, got another network's; call this network's infer")
+        if result.versions is not None and result.versions != self._versions():
+            remedy = f"algorithm={result.algorithm!r} learns from its own forward pass: infer again after a step"
+            fail("result", "the weights that infer saw", "changed ones", remedy)
 
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters())
+
+    def _dated(self, result: Result) -> Result:
+        """The same, with the state of the weights where a tape of them was kept."""
+        return replace(result, versions=self._versions()) if result.algorithm in KEEPS_TAPE else result
+
+    @ordinary
     def explain(self, x: Any, y: Any = None) -> str:
         """What `infer(x, y)` would take: a chain's backend and schedule, or how a module's step was traced. A module
         with nodes is run forward once."""
+        x, y = plain(x), plain(y)
         call = self._chain_call(x, y, None, {}, "pc")
         if call is not None:
             return pck.explain(call.x, call.layers, target=call.y, masks=call.masks)
@@ -199,7 +224,8 @@ class PCNetwork(nn.Module):
             if algorithm not in ("pc", "bp"):
                 return None
             flatten, links = read_chain(cast("nn.Sequential", self.module))
-            return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
+            x, (y,) = chain_input(x, flatten, links[0].linear.weight), list_targets(y, 1)
+            return Call(self, x, y, links, self._read(links), self._masks(masks), settings)
         if algorithm != "pc" or not isinstance(x, Tensor):
             return None
         program = self._program()
@@ -215,12 +241,14 @@ class PCNetwork(nn.Module):
         listed = [mine if mask is None else mask for mask, mine in zip(shown, own, strict=True)]
         layers = [stage.layer() for stage in chain.stages]
         masked = None if all(mask is None for mask in listed) else listed
-        return Call(self, x.flatten(1) if chain.flatten else x, y, [], layers, masked, settings | lists, names)
+        x, (y,) = chain_input(x, chain.flatten, layers[0].weight), list_targets(y, 1)
+        return Call(self, x, y, [], layers, masked, settings | lists, names)
 
     def _masks(self, masks: Masks) -> list[Tensor | None] | None:
         """The masks given, the nodes' own where there is none."""
         own = [node.mask for node in self._listed()]
         if masks is not None:
+            check_list("masks", masks)
             if len(masks) != len(own):
                 raise ValueError(
                     f"masks: wanted {len(own)} entries, one per node, got {len(masks)}; use None for no mask"

@@ -17,6 +17,7 @@ from torch.optim.adam import adam as adam_step
 
 import pc_kernels as pck
 from pc_kernels import ops
+from pc_runner.arguments import renamed
 from pc_runner.distributions import Pair
 from pc_runner.engine import Engine
 from pc_runner.head import check_head, head_energy, head_errors
@@ -55,6 +56,7 @@ class Nodes:
         self.priors = [l for l in self.free if states[l].node.prior]
         self.rules = ["natural" if states[l].node.natural else "euclidean" for l in self.free]
         self.scales = [float(states[l].node.lr_scale) for l in self.free]
+        self.whitened: list[int] = []  # of a Gaussian with variances: `update` takes its gradient times these
 
     def phis(self) -> list[Tensor]:
         return [state.phi for state in self.states]
@@ -148,15 +150,21 @@ class Nodes:
         for l in self.heads:
             check_head(self.states[l], self.states[l].mu)
         rest = self if not self.heads else Nodes([state for state in self.states if state.head is None], self.seed)
-        if rest.states:
+        if not rest.states:
+            return
+        try:
             rest.energies(rest.phis(), [state.mu for state in rest.states])
+        except (ValueError, TypeError) as error:
+            own = [rest.states[l] for l in rest.own]
+            targets = {f"phis[{place}]": state.target for place, state in enumerate(own) if state.target}
+            raise renamed(error, [state.name for state in own], targets) from None
 
     def update(
         self, phis: Sequence[Tensor], mus: Sequence[Tensor], errors: Errors, feedback: Sequence[Tensor | None],
         moves: Moves, velocities: list[Tensor] | None = None, frozen: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Move every free node, in place, by one launch. frozen: (B,) bool, samples that have converged."""
-        families, mus, back = list(self.families), list(mus), list(feedback)
+        families, mus, back, log_vars = list(self.families), list(mus), list(feedback), list(self.log_vars)
         for l in self.pairs:  # a Gaussian at its own mean has no gradient of its own: what is passed is all there is
             if self.states[l].free:
                 families[l], mus[l] = "gaussian", phis[l].clone()
@@ -164,13 +172,16 @@ class Nodes:
         for l in self.priors:  # the operator knows no prior; its gradient acts as feedback does
             grad = prior_errors(self.states[l], phis[l])[1]
             back[l] = grad if back[l] is None else grad + back[l]  # type: ignore[operator]
+        for l in self.whitened:  # e^lv (e^-lv (phi - mu) + back)
+            families[l], log_vars[l] = "gaussian", None
+            back[l] = None if back[l] is None else self.log_vars[l].exp() * back[l]  # type: ignore[union-attr,operator]
         at = self.free
         speeds = [] if velocities is None else _at(velocities, at)
         holds = [s.hold for s in self.states] if frozen is None else self.freeze(frozen)
         if at:
             ops.update_phi_(
                 _at(phis, at), _at(mus, at), _at(back, at), _at(families, at), self.rules, moves.lr, moves.momentum,
-                speeds, self.scales, _at(self.log_vars, at), _at(self.masks, at), _at(holds, at),
+                speeds, self.scales, _at(log_vars, at), _at(self.masks, at), _at(holds, at),
             )  # fmt: skip
 
     def freeze(self, frozen: Tensor) -> list[Tensor]:
@@ -242,6 +253,7 @@ class Run:
 
     nodes: Nodes
     moves: Moves
+    every: int = CHECK_EVERY
     rows: list[Tensor] = field(default_factory=list)
     active: Tensor | None = None  # (B,) with tol
     done: Tensor | None = None  # moves, on the device, with tol
@@ -252,7 +264,8 @@ class Run:
             self.rows.append(errors.energy.mean(1))
 
     def still_active(self, step: int, gradients: Callable[[], list[Tensor]]) -> bool:
-        """With tol: freeze samples whose gradient's norm is below it. False where all have been seen frozen."""
+        """With tol: freeze samples whose gradient's norm is below it. False where all have been seen frozen, which is
+        looked for every `every` moves."""
         if self.moves.tol is None:
             return True
         square = torch.stack([g.flatten(1).square().sum(1) for g in gradients()]).sum(0)
@@ -260,15 +273,16 @@ class Run:
         self.active = below if self.active is None else self.active & below
         count = self.active.any().long()
         self.done = count if self.done is None else self.done + count
-        return step % CHECK_EVERY != 0 or bool(self.active.any())
+        return step % self.every != 0 or bool(self.active.any())
 
 
-def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
+def settle(engine: Engine, nodes: Nodes, moves: Moves, learn: Callable[[], Any] | None = None) -> Settled:
     """phi <- phi - lr (dE/dphi + J^T dE/dmu), `moves.steps` times, all nodes at once; the states' phis in place.
 
+    learn: the weights' step, taken after each of the states' (from gradients that `engine.feedback` left).
     Raises pck.InferenceDiverged for a non-finite state at the end.
     """
-    phis, run = nodes.phis(), Run(nodes, moves)
+    phis, run = nodes.phis(), Run(nodes, moves, CHECK_EVERY if learn is None else 1)
     moving = [phis[l] for l in nodes.free]
     velocities = [torch.zeros_like(phi) for phi in phis] if moves.momentum else None
     adam = AdamState(moving) if moves.optimizer is not None else None
@@ -286,6 +300,8 @@ def settle(engine: Engine, nodes: Nodes, moves: Moves) -> Settled:
             nodes.update(phis, mus, errors, back, moves.at(step), velocities, frozen)
         else:
             adam.move(nodes, phis, mus, errors, back, moves.at(step), frozen)
+        if learn is not None:
+            learn()
     if moves.trace:
         run.note(Errors(nodes.energies(phis, engine.mus(moving)), [], []))
     done = steps if run.done is None else int(run.done)

@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pc_runner.arguments import (
+    check_clamp,
+    check_given,
+    check_list,
+    check_noise,
+    list_targets,
+    refuse_input,
+    shown,
+)  # fmt: skip
 from pc_runner.node import HOLDS_PARAMETERS, PCNode, fail
 
 Meet = Callable[[str, PCNode, Tensor], Tensor]  # (name, node, mu) -> what the node passes on
@@ -183,6 +192,7 @@ class State:
     mask: Tensor | None
     noise: Tensor | None
     given: bool  # phi came from the caller
+    target: str = ""  # what it is called where it came in y
     head: nn.Linear | None = None  # mu is this layer's input, the node's logits are its result
 
     @property
@@ -221,22 +231,35 @@ class Request:
             return None
         if isinstance(entries, Mapping):
             return entries.get(name)
-        if isinstance(entries, Tensor) or not isinstance(entries, Sequence):
-            fail(what, "a list or a dict by node name", type(entries).__name__, "one entry per node", TypeError)
+        check_list(what, entries)
         return entries[index] if index < len(entries) else None
 
     def check_names(self, names: Sequence[str]) -> None:
         """Raise ValueError for entries of nodes that there are not."""
         for what in ("phis", "clamp", "masks", "noise"):
             entries = getattr(self, what)
-            if isinstance(entries, Tensor):  # noise of the one node that samples
+            if entries is None or (what == "noise" and isinstance(entries, Tensor)):
                 continue
             if isinstance(entries, Mapping):
                 unknown = [name for name in entries if name not in names]
                 if unknown:
                     fail(what, f"names out of {', '.join(names)}", repr(unknown[0]), "they are the modules' own names")
-            elif entries is not None and len(entries) != len(names):
+                continue
+            check_list(what, entries)
+            if len(entries) != len(names):
                 fail(what, f"{len(names)} entries, one per node", len(entries), f"the order is {', '.join(names)}")
+
+    def check_noise(self, names: Sequence[str], sampled: Sequence[str]) -> None:
+        """Raise ValueError for noise that no node takes."""
+        if isinstance(self.noise, Tensor):
+            if len(sampled) != 1:
+                remedy = f"{len(sampled)} nodes feed on a sample"
+                fail("noise", "a list or a dict by node name" if sampled else "None", shown(self.noise), remedy)
+            return
+        for index, name in enumerate(names):
+            entry = self.entry("noise", index, name)
+            if entry is not None and name not in sampled:
+                fail(f"noise[{name!r}]", "None", shown(entry), "this node feeds on no sample")
 
 
 def record(program: Program, request: Request) -> list[State]:
@@ -245,20 +268,26 @@ def record(program: Program, request: Request) -> list[State]:
     Raises ValueError or TypeError that names the argument.
     """
     states: list[State] = []
+    sampled: list[str] = []
 
     def meet(name: str, node: PCNode, mu: Tensor) -> Tensor:
         state = _state(name, node, mu, len(states), request)
         states.append(state)
         if name in program.outputs:
             return mu
-        if node.fed == "sample" and state.noise is None and not state.held:
-            half = (*mu.shape[:-1], mu.shape[-1] // 2)
-            fail(f"noise[{name!r}]", f"a tensor {half}", None, "the node feeds on its sample: draw it once")
+        if node.fed == "sample" and not state.held:
+            check_noise(name, mu, state.noise)
+            sampled.append(name)
         return state.value.clone()  # the user may change it in place
 
-    with torch.no_grad():
-        names = program.walk(request.inputs, meet)
+    try:
+        with torch.no_grad():
+            names = program.walk(request.inputs, meet)
+    except (RuntimeError, IndexError, TypeError) as error:
+        refuse_input(request.inputs, error)
+        raise
     request.check_names(names)
+    request.check_noise(names, sampled)
     _take_targets(program, states, request.targets)
     for state in states:
         state.head = program.heads.get(state.name)
@@ -268,22 +297,18 @@ def record(program: Program, request: Request) -> list[State]:
 def _state(name: str, node: PCNode, mu: Tensor, index: int, request: Request) -> State:
     clamp, given = request.entry("clamp", index, name), request.entry("phis", index, name)
     mask, noise = request.entry("masks", index, name), request.noise
+    mask = node.mask if mask is None else mask
     if not isinstance(noise, Tensor):
         noise = request.entry("noise", index, name)
     noise = noise if node.fed == "sample" else None
-    if clamp is not None and clamp is not True and not (isinstance(clamp, Tensor) and clamp.dtype == torch.bool):
-        fail(f"clamp[{name!r}]", "None, True or a bool mask", type(clamp).__name__, "True holds it all", TypeError)
-    if clamp is not None and given is None:
-        fail(f"phis[{name!r}]", "the values to hold, since clamp holds this node", None, "pass them in phis")
-    held = clamp is True
-    if given is not None and not held and (given.shape != mu.shape or given.dtype != mu.dtype):
-        shown = f"{given.dtype}{tuple(given.shape)}"
-        fail(f"phis[{name!r}]", f"a state {mu.dtype}{tuple(mu.shape)}", shown, "it has its prediction's form")
+    check_clamp(name, clamp)
+    check_given(name, node, mu, clamp, given, mask)
     if node.energy == "gaussian_diag" and node.log_var is None:
         fail(f"node {name!r}", "log_var", None, f"pass PCNode(..., log_var=torch.zeros({mu.shape[-1]}))")
+    held = clamp is True
     phi = mu.clone() if given is None else given if held else given.clone()
     hold = clamp if isinstance(clamp, Tensor) else None
-    return State(name, node, mu.clone(), phi, held, hold, node.mask if mask is None else mask, noise, given is not None)
+    return State(name, node, mu.clone(), phi, held, hold, mask, noise, given is not None)
 
 
 def _take_targets(program: Program, states: list[State], targets: Any) -> None:
@@ -291,12 +316,11 @@ def _take_targets(program: Program, states: list[State], targets: Any) -> None:
     if targets is None:
         return
     ends = states[-max(len(program.outputs), 1) :]
-    values = list(targets) if isinstance(targets, (tuple, list)) else [targets]
-    if len(values) != len(ends):
-        fail("y", f"{len(ends)} targets, one per output", len(values), "use None for an output that stays free")
-    for state, target in zip(ends, values, strict=True):
+    values = list_targets(targets, len(ends))
+    for index, (state, target) in enumerate(zip(ends, values, strict=True)):
         if target is None:
             continue
         if state.held or state.hold is not None or state.given:
             fail("y", "None", "a tensor", f"the values of {state.name!r} are in phis and clamp already")
         state.phi, state.held = target, True
+        state.target = "y" if len(ends) == 1 else f"y[{index}]"
