@@ -47,19 +47,23 @@ class ModuleChain(NamedTuple):
 
     flatten: bool
     stages: list[Stage]
+    names: list[str]  # of the nodes, in the order of the calls
     reason: str = ""
 
 
 def find_chain(program: Program) -> ModuleChain:
-    """The chain that the module is, if it is one; `stages` is empty otherwise, and `reason` says why."""
+    """The chain that the module is, if it is one; `stages` is empty otherwise, and `reason` says why.
+
+    A node that is called twice, or never, makes no chain: a walk then refuses it.
+    """
     own = set(vars(program.module))
     try:
         graph = _Tracer().trace(program.module)
         return _read(graph, program)
     except _NoChain as error:
-        return ModuleChain(False, [], str(error))
+        return ModuleChain(False, [], [], str(error))
     except Exception as error:  # whatever the user's code does with a symbolic value
-        return ModuleChain(False, [], f"its forward has no fixed form ({type(error).__name__})")
+        return ModuleChain(False, [], [], f"its forward has no fixed form ({type(error).__name__})")
     finally:
         for name in set(vars(program.module)) - own:  # constants that the tracer left in the user's module
             delattr(program.module, name)
@@ -114,7 +118,11 @@ def _read(graph: fx.Graph, program: Program) -> ModuleChain:
         raise _NoChain("there is more behind the last node")
     if not stages:
         raise _NoChain("it has no linear layer")
-    return ModuleChain(flatten, stages)
+    names = program.names
+    found = [names[id(stage.node)] for stage in stages]
+    if sorted(found) != sorted(names.values()):
+        raise _NoChain("a node is called twice, or never")
+    return ModuleChain(flatten, stages, found)
 
 
 def _kind(node: fx.Node, program: Program) -> Any:

@@ -19,7 +19,7 @@ from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, st
 from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
 from pc_runner.tracing import Step
-from pc_runner.walk import Program, Request, make_program
+from pc_runner.walk import Program, Request, make_program, name_nodes
 
 Masks = Sequence[Tensor | None] | None
 
@@ -57,6 +57,7 @@ class PCNetwork(nn.Module):
             fail("module", "at least one PCNode inside", type(module).__name__, remedy)
         if len({id(node) for node in [*inside, *self.nodes]}) < len(inside) + len(given):
             fail("output", "a PCNode of its own", "one that is in the module, or twice", "make another one")
+        name_nodes(module, self._listed())
         self._sequential, self._traces, self._captures = False, Traces(), Captures()
 
     @classmethod
@@ -190,8 +191,9 @@ class PCNetwork(nn.Module):
         return make_program(self.module, self._listed(), targets)
 
     def _find_chain(self) -> ModuleChain:
-        program = self._program()
-        return ModuleChain(False, [], "its code is traced anew") if self._sequential else self._traces.chain(program)
+        if self._sequential:
+            return ModuleChain(False, [], [], "its code is traced anew")
+        return self._traces.chain(self._program())
 
     def _chain_call(self, x: Any, y: Any, masks: Any, settings: dict[str, Any], algorithm: str) -> Call | None:
         """The call of `pck.infer` that this is, or None."""
@@ -206,7 +208,7 @@ class PCNetwork(nn.Module):
         chain = self._traces.chain(program)
         if not chain.stages or (x.ndim != 2 and not chain.flatten):
             return None
-        names = [*program.inner, *(["output"] if len(self.nodes) else [])]
+        names = chain.names
         given = Request((x,), None, settings.get("phis"), settings.get("clamp"), masks, settings.get("noise"))
         given.check_names(names)
         lists = {what: _listed_entries(given, what, names) for what in ("phis", "clamp", "noise")}

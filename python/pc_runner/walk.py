@@ -85,19 +85,30 @@ def make_program(module: nn.Module, outputs: Sequence[PCNode], targets: Any = Tr
     targets: those of the outputs; a categorical one without a target (None) is an ordinary node of logits.
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile(module) keeps it there
-    inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    inner, ends = name_nodes(module, outputs)
     for name, node in inner.items():
         if node.linear is not None:
             fail(f"node {name!r}", "linear=None inside a module", repr(node.linear), "pass it in output=PCNode(...)")
-    names = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
     given = list(targets) if isinstance(targets, (tuple, list)) else [targets] * len(outputs)
     heads = {}
-    for name, node, target in zip(names, outputs, given, strict=False):
+    for (name, node), target in zip(ends.items(), given, strict=False):
         if node.linear is not None and target is None and node.energy == "gaussian":
             fail("y", f"a target of {name!r}, whose node has linear=", None, "its state would be probabilities")
         if node.linear is not None and target is not None:
             heads[name] = _find_linear(module, node.linear)
-    return Program(module, inner, dict(zip(names, outputs, strict=True)), heads)
+    return Program(module, inner, ends, heads)
+
+
+def name_nodes(module: nn.Module, outputs: Sequence[PCNode]) -> tuple[dict[str, PCNode], dict[str, PCNode]]:
+    """The nodes inside by their modules' names, and the outputs by theirs. ValueError for two of one name."""
+    module = getattr(module, "_orig_mod", module)
+    inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    ends = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
+    for name in ends:
+        if name in inner:
+            remedy = "rename it: that is the output node's name"
+            fail(f"node {name!r}", "another name inside the module", repr(name), remedy)
+    return inner, dict(zip(ends, outputs, strict=True))
 
 
 def _find_linear(module: nn.Module, name: str) -> nn.Linear:
