@@ -15,6 +15,7 @@ import pc_kernels as pck
 from pc_runner.distributions import Pair
 from pc_runner.inference import RULES, make_layer, read_chain
 from pc_runner.node import PCNode
+from pc_runner.untouched import left_alone
 from pc_runner.walk import Program
 
 _FUNCTIONS: dict[Any, str] = {
@@ -56,17 +57,13 @@ def find_chain(program: Program) -> ModuleChain:
 
     A node that is called twice, or never, makes no chain: a walk then refuses it.
     """
-    own = set(vars(program.module))
     try:
-        graph = _Tracer().trace(program.module)
-        return _read(graph, program)
+        with left_alone(program.contents()):
+            return _read(_Tracer().trace(program.module), program)
     except _NoChain as error:
         return ModuleChain(False, [], [], str(error))
     except Exception as error:  # whatever the user's code does with a symbolic value
         return ModuleChain(False, [], [], f"its forward has no fixed form ({type(error).__name__})")
-    finally:
-        for name in set(vars(program.module)) - own:  # constants that the tracer left in the user's module
-            delattr(program.module, name)
 
 
 class _NoChain(Exception):  # noqa: N818 - an answer

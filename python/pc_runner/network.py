@@ -37,8 +37,10 @@ class PCNetwork(nn.Module):
         net.backward(result)          # the M-step: p.grad += dF/dp, averaged over the batch
 
     `net.module` is the module given; `net.nodes` the output's nodes (all nodes where `from_sequential` made the
-    network). Parameters are read at every call. During both calls BatchNorm uses its running statistics, and dropout
-    (of a module in training) the mask that the first pass drew.
+    network). Parameters are read at every call, as is all else that forward reads (`contents`). During both calls
+    BatchNorm uses its running statistics, and dropout (of a module in training) the mask that the first pass drew.
+    What forward changes, buffers, attributes, containers in them, its inputs, is after both calls what it was before,
+    and every pass starts from that: running averages, counts and kept activations move in a plain `net(x)` alone.
     """
 
     module: nn.Module

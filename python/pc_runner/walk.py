@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from pc_runner.contents import Contents
 from pc_runner.node import HOLDS_PARAMETERS, PCNode, fail
+from pc_runner.untouched import left_alone
 
 Meet = Callable[[str, PCNode, Tensor], Tensor]  # (name, node, mu) -> what the node passes on
 
@@ -30,16 +33,24 @@ class Program(nn.Module):
         super().__init__()
         self.module = module
         self.inner, self.outputs, self.heads = dict(inner), dict(outputs), dict(heads or {})
+        self._contents: Contents | None = None
+
+    def contents(self, again: bool = False) -> Contents:
+        """What the module consists of and reads, looked at once per program, or `again`."""
+        if self._contents is None or again:
+            self._contents = Contents(self.module)
+        return self._contents
 
     @property
     def names(self) -> dict[int, str]:
         """Node identities to names."""
         return {id(node): name for name, node in [*self.inner.items(), *self.outputs.items()]}
 
-    def walk(self, inputs: Sequence[Any], meet: Meet, tensors: Mapping[str, Tensor] | None = None) -> list[str]:
+    def walk(self, inputs: Sequence[Any], meet: Meet, tensors: Mapping[int, Tensor] | None = None) -> list[str]:
         """One pass; `meet` sees every node with its mu, the outputs last. Returns the names in order.
 
-        tensors: parameters and buffers to use instead of the module's own, by their names in it.
+        tensors: what to use instead of the module's own, by these' identities (`Contents.tensors`). The module is
+        afterwards what it was (`left_alone`), and the inputs are copies: what forward changes of them is lost.
         BatchNorm uses its running statistics. Raises ValueError for a node reached twice, or never.
         """
         seen: list[str] = []
@@ -55,9 +66,13 @@ class Program(nn.Module):
             seen.append(name)
             return meet(name, node, mu)
 
-        with _visited(self.inner.values(), visit), _running_statistics(self.module), _passed(self.heads) as reached:
-            own = tensors is None
-            out = self.module(*inputs) if own else torch.func.functional_call(self.module, dict(tensors), tuple(inputs))
+        with (
+            left_alone(self.contents(), tensors),
+            _visited(self.inner.values(), visit),
+            _running_statistics(self.module),
+            _passed(self.heads) as reached,
+        ):
+            out = self.module(*pytree.tree_map_only(Tensor, torch.clone, tuple(inputs)))
         for name, mu in zip(self.outputs, self._outputs(out), strict=True):
             if name in self.heads and not any(mu is v for v in reached.get(name, ())):
                 remedy = "name the layer whose result the module returns as it is, or leave linear= out"
