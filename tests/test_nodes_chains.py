@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pc_runner import PCNetwork, PCNode
 from torch import nn
+from torch.nn.utils import prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +36,7 @@ def moved(phis, mus_of, x, y, steps, held=None):
         phis = [p.detach().requires_grad_() for p in phis]
         mus = mus_of(x, phis)
         total = sum(0.5 * (p - mu).square().sum() for p, mu in zip(phis, mus, strict=False))
-        total = total + nn.functional.cross_entropy(mus[-1], y, reduction="sum")
+        total = total + F.cross_entropy(mus[-1], y, reduction="sum")
         grads = torch.autograd.grad(total, phis)
         phis = [p if l == held else p - 0.1 * g for l, (p, g) in enumerate(zip(phis, grads, strict=True))]
     return [p.detach() for p in phis]
@@ -93,3 +95,114 @@ def test_two_nodes_of_one_name_are_refused_when_the_network_is_made():
         PCNetwork(module, output="categorical")
     del module._modules["output"]
     PCNetwork(module, output="categorical")
+
+
+def old_weight_norm(linear):
+    return nn.utils.weight_norm(linear)
+
+
+def pruned(linear):
+    return prune.l1_unstructured(linear, "weight", 0.5)
+
+
+def old_spectral_norm(linear):
+    return nn.utils.spectral_norm(linear).eval()  # in training its vectors would move at every call
+
+
+def new_weight_norm(linear):
+    return nn.utils.parametrizations.weight_norm(linear)
+
+
+def doubling(linear):
+    linear.register_forward_hook(lambda module, given, out: 2 * out)
+    return linear
+
+
+def shifting(linear):
+    linear.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    return linear
+
+
+def replaced(linear):
+    linear.forward = lambda v: 2 * F.linear(v, linear.weight, linear.bias)
+    return linear
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.a, self.b, self.n = wrap(nn.Linear(7, 8)), wrap(nn.Linear(8, 5)), PCNode("gaussian")
+
+    def forward(self, x):
+        return self.b(self.n(torch.tanh(self.a(x))))
+
+
+WRAPS = [old_weight_norm, pruned, old_spectral_norm, new_weight_norm, doubling, shifting, replaced]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("kind", ["nodes", "sequential"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_layers_that_are_more_than_their_weights_learn_all_that_they_have(wrap, kind):
+    torch.manual_seed(1)
+    x, y = data()
+    if kind == "nodes":
+        net = PCNetwork(Wrapped(wrap).double(), output="categorical")
+        a, b = net.module.a, net.module.b
+    else:
+        module = nn.Sequential(wrap(nn.Linear(7, 8)), nn.Tanh(), wrap(nn.Linear(8, 5))).double()
+        if wrap is new_weight_norm:
+            with pytest.raises(ValueError, match=r"module\[0\]: .* is no plain nn.Linear; .* PCNetwork\(...\)"):
+                PCNetwork.from_sequential(module, output="categorical")
+            return
+        net = PCNetwork.from_sequential(module, output="categorical")
+        a, b = module[0], module[2]
+    parameters = list(net.module.parameters())
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(1.5)  # an attribute made by the last call is old now
+    result = net.infer(x, y, steps=5)
+    net.backward(result)
+    phi, mu = torch.tanh(a(x)).detach(), torch.tanh(a(x)).detach()
+    for _ in range(5):
+        leaf = phi.clone().requires_grad_()
+        total = 0.5 * (leaf - mu).square().sum() + F.cross_entropy(b(leaf), y, reduction="sum")
+        phi = phi - 0.1 * torch.autograd.grad(total, leaf)[0]
+    assert torch.allclose(result.phis[0], phi, rtol=1e-10, atol=1e-12)
+    total = 0.5 * (phi - torch.tanh(a(x))).square().sum() + F.cross_entropy(b(phi), y, reduction="sum")
+    for p, g in zip(parameters, torch.autograd.grad(total / 6, parameters), strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-9, atol=1e-12)
+    for algorithm in ("bp", "zil"):
+        net.zero_grad()
+        net.backward(net.infer(x, y, algorithm=algorithm))
+        loss = F.cross_entropy(b(torch.tanh(a(x))), y)
+        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            assert torch.allclose(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_that_no_prediction_comes_through_are_refused():
+    x, y = data()
+    for place in ("", "3", "4"):
+        module = nn.Sequential(
+            nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6), nn.Softmax(-1), nn.Identity(), nn.Linear(6, 5)
+        )
+        net = PCNetwork.from_sequential(module.double(), output="categorical")
+        handle = module.get_submodule(place).register_forward_hook(lambda module, given, out: 2 * out)
+        for algorithm in ("pc", "bp", "zil"):
+            with pytest.raises(ValueError, match="wanted no forward hook, got"):
+                net.infer(x, y, algorithm=algorithm)
+        handle.remove()
+        net.infer(x, y)
+
+
+def test_a_hook_added_and_removed_is_seen():
+    x, y = data()
+    net = PCNetwork(Wrapped(lambda linear: linear).double(), output="categorical")
+    plain = net.infer(x, y, steps=3)
+    handle = net.module.n.register_forward_hook(lambda module, given, out: 2 * out)
+    assert net.infer(x, y, steps=3).backend == "traced"
+    assert "forward hook" in net.explain(x, y)
+    assert not torch.allclose(net.infer(x, y, steps=3).phis[0], plain.phis[0])
+    handle.remove()
+    assert torch.equal(net.infer(x, y, steps=3).phis[0], plain.phis[0])
+    assert plain.backend == "cpp"

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
 from pc_runner.capture import Captures, obstacle
-from pc_runner.chains import ModuleChain, sequential_program
+from pc_runner.chains import ModuleChain, is_bare, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
 from pc_runner.methods import METHODS, UNIT_LR, Task, WeightSteps, find_step, start
@@ -89,8 +88,12 @@ class PCNetwork(nn.Module):
         net._sequential, net._traces, net._captures = True, Traces(), Captures()
         for link, node in zip(links, net.nodes, strict=True):
             if node.energy == "gaussian_diag" and node.log_var is None:
-                node.log_var = nn.Parameter(torch.zeros_like(link.linear.weight[:, 0]))
-        net._read(links)
+                like = next(link.linear.parameters())
+                node.log_var = nn.Parameter(like.detach().new_zeros(link.linear.out_features))
+        if is_bare(module, links):
+            net._read(links)  # raises for a node that does not fit its layer
+        else:
+            sequential_program(module, net._listed())
         return net
 
     def forward(self, *inputs: Any) -> Any:
@@ -194,7 +197,8 @@ class PCNetwork(nn.Module):
 
     def _find_chain(self) -> ModuleChain:
         if self._sequential:
-            return ModuleChain(False, [], [], "its code is traced anew")
+            reason = "it has forward hooks, or weights that are made from others (weight norm, pruning)"
+            return ModuleChain(False, [], [], reason)
         return self._traces.chain(self._program())
 
     def _chain_call(self, x: Any, y: Any, masks: Any, settings: dict[str, Any], algorithm: str) -> Call | None:
@@ -202,7 +206,11 @@ class PCNetwork(nn.Module):
         if self._sequential:
             if algorithm not in ("pc", "bp"):
                 return None
-            flatten, links = read_chain(cast("nn.Sequential", self.module))
+            module = cast("nn.Sequential", self.module)
+            flatten, links = read_chain(module)
+            if not is_bare(module, links):
+                return None
+            settings, masks = _lists(settings, masks, [*(f"nodes.{l}" for l in range(len(links) - 1)), "output"])
             return Call(self, x.flatten(1) if flatten else x, y, links, self._read(links), self._masks(masks), settings)
         if algorithm != "pc" or not isinstance(x, Tensor):
             return None
@@ -210,20 +218,14 @@ class PCNetwork(nn.Module):
         chain = self._traces.chain(program)
         if not chain.stages or (x.ndim != 2 and not chain.flatten):
             return None
-        names = chain.names
-        given = Request((x,), None, settings.get("phis"), settings.get("clamp"), masks, settings.get("noise"))
-        given.check_names(names)
-        lists = {what: _listed_entries(given, what, names) for what in ("phis", "clamp", "noise")}
-        own = [stage.node.mask for stage in chain.stages]
-        shown = _listed_entries(given, "masks", names) or [None] * len(own)
-        listed = [mine if mask is None else mask for mask, mine in zip(shown, own, strict=True)]
+        settings, masks = _lists(settings, masks, chain.names)
+        masks = self._masks(masks, [stage.node for stage in chain.stages])
         layers = [stage.layer() for stage in chain.stages]
-        masked = None if all(mask is None for mask in listed) else listed
-        return Call(self, x.flatten(1) if chain.flatten else x, y, [], layers, masked, settings | lists, names)
+        return Call(self, x.flatten(1) if chain.flatten else x, y, [], layers, masks, settings, chain.names)
 
-    def _masks(self, masks: Masks) -> list[Tensor | None] | None:
+    def _masks(self, masks: Masks, nodes: Sequence[PCNode] | None = None) -> list[Tensor | None] | None:
         """The masks given, the nodes' own where there is none."""
-        own = [node.mask for node in self._listed()]
+        own = [node.mask for node in (self._listed() if nodes is None else nodes)]
         if masks is not None:
             if len(masks) != len(own):
                 raise ValueError(
@@ -281,12 +283,15 @@ def _inputs(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
-def _listed_entries(given: Request, what: str, names: Sequence[str]) -> Any:
-    """A dict by name as a list in the chain's order."""
-    entries = getattr(given, what)
-    if entries is None or isinstance(entries, Tensor):
-        return entries
-    return [given.entry(what, index, name) for index, name in enumerate(names)]
+def _lists(settings: dict[str, Any], masks: Any, names: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """The settings and masks with lists, in the chain's order, instead of dicts by name. Raises for unknown names."""
+    given = {what: settings.get(what) for what in ("phis", "clamp", "noise")} | {"masks": masks}
+    Request((), **given).check_names(names)
+    for what, entries in given.items():
+        if isinstance(entries, Mapping):
+            given[what] = [entries.get(name) for name in names]
+    masks = given.pop("masks")
+    return settings | given, masks
 
 
 def _account(task: Task, reason: str) -> str:
