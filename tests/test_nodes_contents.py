@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from enum import Enum
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,24 @@ from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SETTING = {"scale": 1.0}
+SETTING = {"scale": 1.0, "decorated": 1.0}
 RECORDS: list[torch.Tensor] = []
+
+
+class Mode(Enum):
+    ONE, FIVE = 1.0, 5.0
+
+
+class Slotted:
+    __slots__ = ("k",)
+
+    def __init__(self, k):
+        self.k = k
+
+
+@torch.no_grad()
+def decorated():
+    return SETTING["decorated"]
 
 
 def helper(h):
@@ -80,11 +97,12 @@ class Plain(Base):
     def __init__(self):
         super().__init__()
         self.table, self.entries, self.pair = {"a": {"b": 1.0}}, [[1.0]], (1, (1.0,))
-        self.space = SimpleNamespace(k=1.0)
+        self.space, self.slotted, self.mode = SimpleNamespace(k=1.0), Slotted(1.0), Mode.ONE
         self.call, self.tensors = functools.partial(torch.mul, other=1.0), {"t": [torch.ones(8).double()]}
 
     def read(self, h):
         h = h * self.table["a"]["b"] * self.entries[0][0] * self.pair[1][0] * self.space.k * self.factor
+        h = h * self.slotted.k * self.mode.value * decorated()
         return helper(self.call(h) * self.tensors["t"][0])
 
 
@@ -98,6 +116,12 @@ def change(name, net, patch):
         m.pair = (1, (5.0,))
     elif name == "object":
         m.space.k = 5.0
+    elif name == "slot":
+        m.slotted.k = 5.0
+    elif name == "enumeration":
+        m.mode = Mode.FIVE
+    elif name == "under a library's decorator":
+        patch.setitem(SETTING, "decorated", 5.0)
     elif name == "class attribute":
         patch.setattr(Plain, "factor", 5.0)
     elif name == "global of a function":
@@ -122,7 +146,8 @@ def change(name, net, patch):
 
 CHANGES = [
     "dict", "list", "tuple", "object", "class attribute", "global of a function", "function", "partial",
-    "tensor in place", "tensor replaced", "hook", "method", "forward",
+    "tensor in place", "tensor replaced", "hook", "method", "forward", "slot", "enumeration",
+    "under a library's decorator",
 ]  # fmt: skip
 
 
@@ -334,3 +359,19 @@ def kept_once(module, x):
     module.last = module.sub.feature = module.space.h = h = module.sub(module.a(x))
     module.count += 1
     return module.finish(module.n(h) * module.ema)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.n = nn.LazyLinear(8), nn.LazyLinear(5), PCNode("gaussian")
+
+    def forward(self, x):
+        return self.b(self.n(torch.tanh(self.a(x)))) + 0
+
+
+def test_lazy_layers_are_made_by_the_first_inference():
+    net, (x, y) = PCNetwork(Lazy().double(), output="categorical"), data()
+    net.infer(x, y, steps=1)
+    assert type(net.module.a) is nn.Linear
+    check(net, x, y, torch.tanh(net.module.a(x)), net.module.b)

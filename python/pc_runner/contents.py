@@ -9,15 +9,12 @@ the libraries know (a file, the clock, an iterator's place) is not seen.
 
 from __future__ import annotations
 
-import dis
 import functools
-import os
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from dataclasses import dataclass, field, is_dataclass
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,14 +23,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pc_runner.node import PCNode
+from pc_runner.reading import GONE, held_by, is_fixed, is_library, is_open, names_in, slots_of
+from pc_runner.untouched import Holder
 
-_QUIET = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}  # torch's own, mostly empty
+_BARE = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
+_QUIET = _BARE - {
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_modules",
+}  # hooks: mostly empty, and no pass adds one
 _ROOTS = frozenset(  # code that runs without being named
     f"__{name}__"
     for name in (
         "call", "getitem", "getattr", "contains", "iter", "next", "len", "bool", "int", "float", "index", "get", "eq",
         "lt", "le", "gt", "ge", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow",
-        "rpow", "matmul", "rmatmul",
+        "rpow", "matmul", "rmatmul", "enter", "exit",
     )
 )  # fmt: skip
 _ANY = frozenset({"getattr", "vars", "__dict__"})  # code that uses one of these may read every attribute
@@ -63,30 +68,42 @@ class _Space:
 
     values: Mapping[str, Any]
     slots: list[Any] | None = None
+    every: bool = False
     done: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.values)
 
 
 class Contents:
     """What was found.
 
     tensors: parameters, buffers, and those in attributes, containers and objects, each once.
-    holders: what a pass may change, with the entries where such tensors stand.
+    holders: containers and attributes that a pass may change.
     masks: identities of the nodes' masks, which only a walk reads.
     lazy: the module's first pass is still to make its parameters.
     foreign: tensors were met where none can stand in for them (a global, a closure): they are in the key by identity.
+    objects: how many objects of the user's own kinds were met.
     """
 
     def __init__(self, *roots: Any):
         self.tensors: list[Tensor] = []
-        self.holders: list[tuple[Any, list[Any]]] = []
+        self.holders: list[Holder] = []
         self.masks: set[int] = set()
         self.lazy = self.foreign = False
+        self.objects = 0
         self._key: list[Any] = []
         self._places: dict[int, int] = {}
         self._seen: dict[int, tuple[int, bool, Any]] = {}
         self._functions: list[FunctionType] = []
         self._spaces: dict[int, _Space] = {}
-        self._attributes = {"forward", *_ROOTS}
+        self._reads: list[tuple[Any, str, Any]] = []  # a space, a name, what was there
+        self._code_of: list[tuple[FunctionType, Any, Any, Any]] = []
+        self._cells: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []  # containers that were empty, and were not looked at further
+        self._kinds: list[tuple[Any, type]] = []
+        self._sure = True  # no more can change than `unchanged` looks at
+        self._attributes = {"forward", "backward", *_ROOTS}
         for root in roots:
             self.read(root, True)
         self._follow()
@@ -99,6 +116,22 @@ class Contents:
             found.read(value)
         found._follow()
         return found
+
+    def unchanged(self) -> bool:
+        """Whether all is still what was found: a look at identities, much quicker than another look at everything."""
+        return (
+            self._sure
+            and not any(self._empty)
+            and all(type(value) is kind for value, kind in self._kinds)
+            and all(holder.intact() for holder in self.holders)
+            and all(space.get(name, GONE) is value for space, name, value in self._reads)
+            and all(held_by(cell) is value for cell, value in self._cells)
+            and all(
+                f.__code__ is code and f.__defaults__ is given and f.__kwdefaults__ is named
+                for f, code, given, named in self._code_of
+            )
+            and all(len(space.values) == space.size for space in self._spaces.values())
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -133,21 +166,23 @@ class Contents:
         return holds
 
     def _tensor(self, value: Tensor, own: bool) -> bool:
-        if not own and id(value) not in self._places:
+        if not own:
             self.foreign = True
             self._key.append((Same(value), form(value)))
             return False
         if id(value) not in self._places:
             self._places[id(value)] = len(self.tensors)
             self.tensors.append(value)
-            self.lazy |= is_lazy(value)
+            if is_lazy(value):
+                self.lazy, self._sure = True, False
         self._key.append((Tensor, self._places[id(value)]))
         return True
 
     def _composite(self, value: Any, own: bool) -> bool:
         if isinstance(value, nn.Module):
             self._space(type(value))
-            self._holder(vars(value), quiet=True)
+            self._kinds.append((value, type(value)))
+            self._holder(vars(value), _BARE if is_fixed(type(value)) else _QUIET)
             if isinstance(value, PCNode):
                 self.masks.add(id(value.mask))
         elif isinstance(value, tuple):
@@ -155,8 +190,10 @@ class Contents:
             return True in [self.read(entry, own) for entry in value]
         elif isinstance(value, _CHANGING):
             self._holder(value)
-            if _is_open(type(value)):  # the user's own kind of container
+            if is_open(type(value)):  # the user's own kind of container
                 self._object(value)
+        elif isinstance(value, (int, float, str, np.generic)):
+            self._key.append(repr(value))
         elif isinstance(value, FunctionType):
             self._function(value)
         elif isinstance(value, MethodType):
@@ -170,24 +207,29 @@ class Contents:
                 self.read(getattr(value, name, None))
         elif isinstance(value, np.ndarray) and value.dtype != object:
             self._key.append((value.dtype.str, value.shape, value.tobytes()))
+            self._sure = False
         elif isinstance(value, (type, ModuleType)):
             self._key.append(Same(value))
             self._space(value)
-        elif _is_open(type(value)):
-            self._object(value)
         else:
             self._key.append(Same(value))
+            self.read(getattr(value, "__wrapped__", None) if callable(value) else None)
+            if is_open(type(value)):
+                self._object(value)
         return False
 
-    def _holder(self, values: Any, quiet: bool = False) -> None:
-        """A container that a pass may change, or the attributes of a module."""
-        key, slots = self._key, []
-        self.holders.append((values, slots))
+    def _holder(self, values: Any, quiet: frozenset[str] = frozenset()) -> None:
+        """A container that a pass may change, or a module's attributes; those in `quiet` count if not empty."""
+        key, holder = self._key, Holder(values)
+        slots = holder.slots
+        self.holders.append(holder)
+        key.append(len(values))
         if isinstance(values, dict) and len(values) > _LONG and _alike(values) and _alike(values.values()):
             key += [tuple(values), tuple(values.values())]
         elif isinstance(values, dict):
             for name, value in values.items():
-                if quiet and name in _QUIET and not value:
+                if name in quiet and not value:
+                    self._empty.append(value)
                     continue
                 kind = type(value)
                 if type(name) is str:
@@ -207,24 +249,31 @@ class Contents:
             key.append(tuple(values))
         else:
             slots += [place for place, value in enumerate(values) if self.read(value, True)]
-        key.append(len(values))
 
     def _object(self, value: Any) -> None:
-        """An object of the user's: of its attributes those count that code names."""
+        """An object of the user's: of its attributes those count that code names; of plain data, all."""
+        self.objects += 1
+        self._kinds.append((value, type(value)))
         self._space(type(value))
-        slots: list[Any] = []
-        self.holders.append((vars(value), slots))
-        self._spaces[id(value)] = _Space(vars(value), slots)
+        for name in slots_of(type(value)):
+            self._sure = False
+            self.read(getattr(value, name, None))
+        if hasattr(value, "__dict__"):
+            holder = Holder(vars(value))
+            self.holders.append(holder)
+            plain = isinstance(value, SimpleNamespace) or is_dataclass(value)
+            self._spaces[id(value)] = _Space(vars(value), holder.slots, plain)
 
     def _function(self, function: FunctionType) -> None:
         self._key.append(Same(function))
-        if not _is_library(function.__code__.co_filename):
+        self.read(getattr(function, "__wrapped__", None))  # a library's decorator around the user's code
+        if not is_library(function.__code__.co_filename):
             self._functions.append(function)
 
     def _space(self, space: Any) -> None:
         """Attributes of a class and its bases, or of a Python module, that code may read."""
         for one in space.__mro__ if isinstance(space, type) else (space,):
-            if id(one) not in self._spaces and not _is_fixed(one):
+            if id(one) not in self._spaces and not is_fixed(one):
                 self._spaces[id(one)] = _Space(vars(one))
 
     def _follow(self) -> None:
@@ -236,31 +285,45 @@ class Contents:
             found = False
             for space in list(self._spaces.values()):
                 own = space.slots is not None
-                every = own and self._attributes & _ANY
+                every = space.every or (own and self._attributes & _ANY)
                 named = space.values.keys() if every else space.values.keys() & self._attributes
                 for name in sorted(named - space.done):
                     space.done.add(name)
                     found = True
                     self._key.append(name)
+                    self._reads.append((space.values, name, space.values[name]))
                     if self.read(space.values[name], own):
                         space.slots.append(name)  # type: ignore[union-attr]
 
     def _code(self, function: FunctionType) -> None:
-        names, attributes = _names(function.__code__)
+        names, attributes, modules = names_in(function.__code__)
         self._attributes |= attributes
         self._attributes.update(_ANY.intersection(names))
         self.read(function.__defaults__)
         self.read(function.__kwdefaults__)
+        self._code_of.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         for cell in function.__closure__ or ():
-            try:
-                self.read(cell.cell_contents)
-            except ValueError:  # not yet filled
-                self._key.append(Same)
-        values = function.__globals__
-        for name in names:
-            if name in values:
-                self._key.append(name)
-                self.read(values[name])
+            value = held_by(cell)
+            self._cells.append((cell, value))
+            self.read(value)
+        for space, wanted in ((function.__globals__, names), (sys.modules, modules)):
+            for name in wanted:
+                self._reads.append((space, name, space.get(name, GONE)))
+                if name in space:
+                    self._key.append(name)
+                    self.read(space[name])
+
+
+class Looks:
+    """The last look at a module; another one where something has changed."""
+
+    def __init__(self) -> None:
+        self._last: tuple[nn.Module, Contents] | None = None
+
+    def at(self, module: nn.Module) -> Contents:
+        if self._last is None or self._last[0] is not module or not self._last[1].unchanged():
+            self._last = module, Contents(module)
+        return self._last[1]
 
 
 def _alike(values: Iterable[Any]) -> bool:
@@ -272,53 +335,3 @@ def form(value: Tensor) -> tuple[Any, ...]:
     """What traced code assumes of a tensor."""
     stride = value.stride() if value.layout is torch.strided else value.layout
     return tuple(value.shape), stride, value.dtype, str(value.device)
-
-
-@functools.lru_cache(4096)
-def _names(code: CodeType) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Names that code and the functions made in it read: globals, and attributes."""
-    values: set[str] = set()
-    attributes: set[str] = set()
-    for step in dis.get_instructions(code):
-        if step.opname.startswith("LOAD_") and step.argval in code.co_names:
-            (attributes if "ATTR" in step.opname or "METHOD" in step.opname else values).add(step.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            more = _names(inner)
-            values |= set(more[0])
-            attributes |= more[1]
-    return tuple(sorted(values)), frozenset(attributes)
-
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_LIBRARIES = tuple(
-    os.path.join(folder, "")
-    for folder in (os.path.dirname(torch.__file__), os.path.dirname(np.__file__), _HERE)
-)  # fmt: skip
-_STANDARD = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
-_INSTALLED = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("purelib", "platlib"))
-
-
-@functools.lru_cache(4096)
-def _is_library(path: str) -> bool:
-    """Whether a file's code is taken to stay as it is."""
-    standard = path.startswith(_STANDARD) and not path.startswith(_INSTALLED) and "site-packages" not in path
-    return path.startswith((*_LIBRARIES, "<frozen")) or standard
-
-
-@functools.lru_cache(4096)
-def _is_fixed(space: Any) -> bool:
-    """Whether a class or Python module is a library's."""
-    module = sys.modules.get(space.__module__) if isinstance(space, type) else space
-    if getattr(module, "__name__", None) == "__main__":
-        return False
-    path = getattr(module, "__file__", None)
-    return path is None or _is_library(path)
-
-
-@functools.lru_cache(4096)
-def _is_open(kind: type) -> bool:
-    """Whether objects of this class are looked into: the user's own, and this package's pairs of distributions."""
-    if not kind.__dictoffset__:
-        return False
-    return kind is SimpleNamespace or kind.__module__.startswith("pc_runner.") or not _is_fixed(kind)

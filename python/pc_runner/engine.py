@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pc_runner.chains import ModuleChain, find_chain
-from pc_runner.contents import Same, form
+from pc_runner.contents import Looks, Same, form
 from pc_runner.node import PCNode
 from pc_runner.tracing import Fixed, NotTraceable, Step, trace_step
 from pc_runner.walk import Program, State, same_draws
@@ -146,6 +146,7 @@ class Traces:
     def __init__(self) -> None:
         self._steps: dict[Any, Step | NotTraceable] = {}
         self._chain: tuple[Any, ModuleChain] | None = None
+        self.looks = Looks()
 
     def chain(self, program: Program) -> ModuleChain:
         """`find_chain`, again only when the module has changed."""
@@ -158,8 +159,8 @@ class Traces:
         """The step, or why there is none."""
         leaves, spec = pytree.tree_flatten(fixed.inputs)
         inputs = fixed.module.of_inputs(value for value in leaves if not isinstance(value, Tensor))
-        if inputs.foreign or inputs.tensors:
-            return NotTraceable("an input is an object with tensors inside")
+        if inputs.foreign or inputs.tensors or inputs.objects:
+            return NotTraceable("an input is an object whose inside is not known")
         key = inputs.key, spec, _key(states, fixed)
         if key not in self._steps:
             if len(self._steps) >= self.limit:

@@ -193,7 +193,9 @@ class PCNetwork(nn.Module):
     def _program(self, targets: Any = True) -> Program:
         if self._sequential:
             return sequential_program(cast("nn.Sequential", self.module), self._listed())
-        return make_program(self.module, self._listed(), targets)
+        program = make_program(self.module, self._listed(), targets)
+        program.looks = self._traces.looks
+        return program
 
     def _find_chain(self) -> ModuleChain:
         if self._sequential:

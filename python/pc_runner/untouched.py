@@ -6,11 +6,51 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pc_runner.contents import Contents
+if TYPE_CHECKING:
+    from pc_runner.contents import Contents
+
+
+class Holder:
+    """A container that a pass may change: what is in it, and where one of `Contents.tensors` is."""
+
+    __slots__ = ("items", "keys", "slots", "values")
+
+    def __init__(self, values: Any):
+        self.values, self.slots = values, []
+        self.keys = tuple(values) if isinstance(values, dict) else None
+        self.items = tuple(values.values() if isinstance(values, dict) else values)
+        if isinstance(values, set):
+            self.items = frozenset(values)  # type: ignore[assignment]
+
+    def intact(self) -> bool:
+        """Whether the very same things are in it."""
+        values, keys = self.values, self.keys
+        if len(values) != len(self.items):
+            return False
+        if keys is not None:
+            return all(map(operator.is_, values, keys)) and all(map(operator.is_, values.values(), self.items))
+        return values == self.items if isinstance(values, set) else all(map(operator.is_, values, self.items))
+
+    def restore(self) -> None:
+        """Put back what was in it."""
+        values, keys = self.values, self.keys
+        if self.intact():
+            return
+        if keys is None:
+            values.clear()
+            values.update(self.items) if isinstance(values, set) else values.extend(self.items)
+        elif len(values) == len(keys) and all(map(operator.is_, values, keys)):
+            for name, value in zip(keys, self.items, strict=True):
+                if values[name] is not value:
+                    values[name] = value
+        else:
+            values.clear()
+            for name, value in zip(keys, self.items, strict=True):
+                values[name] = value
 
 
 @contextmanager
@@ -27,7 +67,7 @@ def left_alone(contents: Contents, tensors: Mapping[int, Tensor] | None = None) 
     def stand_in(value: Any) -> Any:
         if isinstance(value, tuple):
             entries = [stand_in(entry) for entry in value]
-            if _identical(entries, value):
+            if all(map(operator.is_, entries, value)):
                 return value
             return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
         if not isinstance(value, Tensor):
@@ -39,42 +79,15 @@ def left_alone(contents: Contents, tensors: Mapping[int, Tensor] | None = None) 
             stands[id(value)] = now.clone()
         return stands[id(value)]
 
-    saved = [(values, _copied(values)) for values, _ in contents.holders]
     try:
-        for values, slots in contents.holders:
-            for slot in slots:
+        for holder in contents.holders:
+            values = holder.values
+            for slot in holder.slots:
                 old = values[slot]
                 new = stand_in(old)
                 if new is not old:
                     values[slot] = new
         yield
     finally:
-        for values, old in saved:
-            _put_back(values, old)
-
-
-def _copied(values: Any) -> Any:
-    kind = dict if isinstance(values, dict) else set if isinstance(values, set) else list
-    return kind(values)
-
-
-def _identical(values: Any, others: Any) -> bool:
-    return len(values) == len(others) and all(map(operator.is_, values, others))
-
-
-def _put_back(values: Any, old: Any) -> None:
-    if isinstance(values, dict):
-        if not _identical(values, old):
-            values.clear()
-            values.update(old)
-        elif not all(map(operator.is_, values.values(), old.values())):
-            for name, value in old.items():
-                if values[name] is not value:
-                    values[name] = value
-    elif isinstance(values, set):
-        if values != old:
-            values.clear()
-            values.update(old)
-    elif not _identical(values, old):
-        values.clear()
-        values.extend(old)
+        for holder in contents.holders:
+            holder.restore()

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from pc_runner.contents import Contents
+from pc_runner.contents import Contents, Looks
 from pc_runner.node import HOLDS_PARAMETERS, PCNode, fail
 from pc_runner.untouched import left_alone
 
@@ -33,12 +33,13 @@ class Program(nn.Module):
         super().__init__()
         self.module = module
         self.inner, self.outputs, self.heads = dict(inner), dict(outputs), dict(heads or {})
+        self.looks = Looks()
         self._contents: Contents | None = None
 
     def contents(self, again: bool = False) -> Contents:
         """What the module consists of and reads, looked at once per program, or `again`."""
         if self._contents is None or again:
-            self._contents = Contents(self.module)
+            self._contents = self.looks.at(self.module)
         return self._contents
 
     @property
