@@ -27,12 +27,8 @@ from pc_runner.reading import GONE, held_by, is_fixed, is_library, is_open, name
 from pc_runner.untouched import Holder
 
 _BARE = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-_QUIET = _BARE - {
-    "_parameters",
-    "_buffers",
-    "_non_persistent_buffers_set",
-    "_modules",
-}  # hooks: mostly empty, and no pass adds one
+# hooks: mostly empty, and no pass adds one
+_QUIET = _BARE - {"_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}
 _ROOTS = frozenset(  # code that runs without being named
     f"__{name}__"
     for name in (
@@ -167,7 +163,7 @@ class Contents:
 
     def _tensor(self, value: Tensor, own: bool) -> bool:
         if not own:
-            self.foreign = True
+            self.foreign, self._sure = True, False  # its shape may change
             self._key.append((Same(value), form(value)))
             return False
         if id(value) not in self._places:
