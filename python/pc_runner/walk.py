@@ -73,7 +73,7 @@ class Program(nn.Module):
             _running_statistics(self.module),
             _passed(self.heads) as reached,
         ):
-            out = self.module(*pytree.tree_map_only(Tensor, torch.clone, tuple(inputs)))
+            out = self.module(*map(_copied, inputs))
         for name, mu in zip(self.outputs, self._outputs(out), strict=True):
             if name in self.heads and not any(mu is v for v in reached.get(name, ())):
                 remedy = "name the layer whose result the module returns as it is, or leave linear= out"
@@ -93,6 +93,10 @@ class Program(nn.Module):
             remedy = "pass output=[...], one PCNode per tensor that the module returns"
             fail("output", f"{len(values)} nodes, as the module returns", len(self.outputs), remedy)
         return values
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 def make_program(module: nn.Module, outputs: Sequence[PCNode], targets: Any = True) -> Program:
