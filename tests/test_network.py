@@ -322,3 +322,26 @@ def test_states_may_be_given_and_nothing_records_a_gradient():
     assert torch.allclose(longer.energy[-1], net.infer(x, y, steps=8).energy[-1], rtol=1e-9)
     assert net.infer(x, y, trace=False).energy is None
     assert "backend" in net.explain(x, y)
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "epc"])
+def test_entries_may_be_given_by_name(algorithm):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    net = PCNetwork.from_sequential(module, output="categorical")
+    x, y, value = torch.randn(4, 7).double(), torch.randint(0, 5, (4,)), torch.randn(4, 8).double()
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[:, 4] = y == 4
+    named = {"clamp": {"nodes.0": True}, "phis": {"nodes.0": value}, "masks": {"output": mask}}
+    listed = {"clamp": [True, None, None], "phis": [value, None, None], "masks": [None, None, mask]}
+    first, second = (net.infer(x, y, steps=4, algorithm=algorithm, **given) for given in (named, listed))
+    assert torch.equal(first.phis[0], value)
+    assert torch.equal(first.phis[1], second.phis[1])
+    phi, mu = (torch.tanh(net.module[2](value)).detach() for _ in range(2))
+    for _ in range(4):
+        leaf = phi.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(net.module[4](leaf).masked_fill(~mask, -torch.inf), y, reduction="sum")
+        phi = phi - 0.1 * torch.autograd.grad(loss + 0.5 * (leaf - mu).square().sum(), leaf)[0]
+    assert torch.allclose(first.phis[1], phi, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match=r"wanted names out of nodes\.0, nodes\.1, output, got 'n'"):
+        net.infer(x, y, algorithm=algorithm, clamp={"n": True}, phis={"n": value})

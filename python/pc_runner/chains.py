@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as global_hooks
 from torch import Tensor, fx, nn
 
 import pc_kernels as pck
 from pc_runner.distributions import Pair
-from pc_runner.inference import RULES, make_layer, read_chain
-from pc_runner.node import PCNode
+from pc_runner.inference import RULES, Link, is_hooked, is_plain, place_activation, read_chain
+from pc_runner.node import PCNode, fail
+from pc_runner.untouched import left_alone
 from pc_runner.walk import Program
 
 _FUNCTIONS: dict[Any, str] = {
@@ -47,22 +49,26 @@ class ModuleChain(NamedTuple):
 
     flatten: bool
     stages: list[Stage]
+    names: list[str]  # of the nodes, in the order of the calls
     reason: str = ""
 
 
 def find_chain(program: Program) -> ModuleChain:
-    """The chain that the module is, if it is one; `stages` is empty otherwise, and `reason` says why."""
-    own = set(vars(program.module))
+    """The chain that the module is, if it is one; `stages` is empty otherwise, and `reason` says why.
+
+    A node that is called twice, or never, makes no chain: a walk then refuses it.
+    """
     try:
-        graph = _Tracer().trace(program.module)
-        return _read(graph, program)
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            raise _NoChain("hooks on all modules are set")
+        if any(map(is_hooked, program.module.modules())):
+            raise _NoChain("a module has a forward hook, or a forward of its own")
+        with left_alone(program.contents()):
+            return _read(_Tracer().trace(program.module), program)
     except _NoChain as error:
-        return ModuleChain(False, [], str(error))
+        return ModuleChain(False, [], [], str(error))
     except Exception as error:  # whatever the user's code does with a symbolic value
-        return ModuleChain(False, [], f"its forward has no fixed form ({type(error).__name__})")
-    finally:
-        for name in set(vars(program.module)) - own:  # constants that the tracer left in the user's module
-            delattr(program.module, name)
+        return ModuleChain(False, [], [], f"its forward has no fixed form ({type(error).__name__})")
 
 
 class _NoChain(Exception):  # noqa: N818 - an answer
@@ -114,13 +120,17 @@ def _read(graph: fx.Graph, program: Program) -> ModuleChain:
         raise _NoChain("there is more behind the last node")
     if not stages:
         raise _NoChain("it has no linear layer")
-    return ModuleChain(flatten, stages)
+    names = program.names
+    found = [names[id(stage.node)] for stage in stages]
+    if sorted(found) != sorted(names.values()):
+        raise _NoChain("a node is called twice, or never")
+    return ModuleChain(flatten, stages, found)
 
 
 def _kind(node: fx.Node, program: Program) -> Any:
     if node.op == "call_module":
         module = program.module.get_submodule(str(node.target))
-        if type(module) is nn.Linear or isinstance(module, PCNode):
+        if isinstance(module, PCNode) or (type(module) is nn.Linear and is_plain(module)):
             return module
         if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return "flatten"
@@ -167,14 +177,29 @@ class SequentialWalk(nn.Module):
         last = len(links) - 1
         for l, (link, node) in enumerate(zip(links, self.nodes, strict=True)):
             a = link.linear(v)
-            placed = make_layer(link, node, l == last).activation  # type: ignore[arg-type]
+            placed, _ = place_activation(link, node, l == last)  # type: ignore[arg-type]
             mu = a if link.activation is None or placed == "identity" != link.name else link.activation(a)
             v = mu if l == last else node(mu)
         return v
 
 
+def is_bare(module: nn.Sequential, links: Sequence[Link]) -> bool:
+    """Whether a Sequential's linear layers and activations are all that runs: no hooks, no weights made from others."""
+    return all(is_plain(link.linear) for link in links) and not any(map(is_hooked, module.modules()))
+
+
 def sequential_program(module: nn.Sequential, nodes: Sequence[PCNode]) -> Program:
-    """The program of a network made by `PCNetwork.from_sequential`."""
+    """The program of a network made by `PCNetwork.from_sequential`. ValueError for a hook where no walk passes."""
+    links = read_chain(module).links
+    passed: list[Any] = [link.linear for link in links]
+    for l, (link, node) in enumerate(zip(links, nodes, strict=True)):
+        placed, _ = place_activation(link, node, l == len(links) - 1)
+        if link.activation is not None and placed == link.name:
+            passed.append(link.activation)
+    for name, child in module.named_modules():
+        if is_hooked(child) and not any(child is one for one in passed):
+            remedy = "no node's prediction comes through it: put PCNodes into a module and pass that to PCNetwork(...)"
+            fail(f"module[{name}]" if name else "module", "no forward hook", type(child).__name__ + " with one", remedy)
     walk = SequentialWalk(module, nodes)
     inner = {f"nodes.{l}": node for l, node in enumerate(nodes[:-1])}
     return Program(walk, inner, {"output": nodes[-1]})

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+import torch.nn.modules.module as global_hooks
+import torch.utils._pytree as pytree
+from torch import Tensor
 
 from pc_runner.chains import ModuleChain, find_chain
+from pc_runner.contents import Looks, Same, form
 from pc_runner.node import PCNode
 from pc_runner.tracing import Fixed, NotTraceable, Step, trace_step
 from pc_runner.walk import Program, State, same_draws
@@ -144,17 +146,22 @@ class Traces:
     def __init__(self) -> None:
         self._steps: dict[Any, Step | NotTraceable] = {}
         self._chain: tuple[Any, ModuleChain] | None = None
+        self.looks = Looks()
 
     def chain(self, program: Program) -> ModuleChain:
         """`find_chain`, again only when the module has changed."""
-        key = [(id(module), _settings(module)) for module in program.module.modules()]
+        key = program.contents().key, tuple(map(Same, program.module.modules())), _modes()
         if self._chain is None or self._chain[0] != key:
             self._chain = key, find_chain(program)
         return self._chain[1]
 
     def find(self, program: Program, states: Sequence[State], fixed: Fixed) -> Step | NotTraceable:
         """The step, or why there is none."""
-        key = _key(program, states, fixed)
+        leaves, spec = pytree.tree_flatten(fixed.inputs)
+        inputs = fixed.module.of_inputs(value for value in leaves if not isinstance(value, Tensor))
+        if inputs.foreign or inputs.tensors or inputs.objects:
+            return NotTraceable("an input is an object whose inside is not known")
+        key = inputs.key, spec, _key(states, fixed)
         if key not in self._steps:
             if len(self._steps) >= self.limit:
                 self._steps.pop(next(iter(self._steps)))
@@ -171,34 +178,21 @@ class Traces:
         return Traces, ()
 
 
-def _key(program: Program, states: Sequence[State], fixed: Fixed) -> Any:
-    """Shapes, and the plain attributes of every module: they decide what its forward does."""
-
-    def form(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return (tuple(value.shape), value.stride(), value.dtype, str(value.device))
-        return repr(value)
-
+def _key(states: Sequence[State], fixed: Fixed) -> Any:
+    """Shapes, and all that forward reads: they decide what a pass does."""
     nodes = tuple(
         (s.name, s.free, repr(s.node.energy), s.node.fed, s.node.natural, s.mask is None, s.noise is None, s.head)
         for s in states
     )  # fmt: skip
-    inputs = tuple(repr(value) for value in fixed.inputs if not isinstance(value, Tensor))
     free = tuple(form(state.phi) for state in states)
-    return nodes, inputs, free, tuple(map(form, fixed.flat())), tuple(map(_settings, program.module.modules()))
+    return nodes, free, tuple(map(form, fixed.flat())), fixed.module.key, _modes()
 
 
-_CONTAINERS = (dict, OrderedDict, set)  # most attributes of a module: its parameters, children and hooks
-
-
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """A module's own attributes: numbers and names by value, tensors and functions by identity."""
-    found: list[Any] = [type(module)]
-    for name, value in vars(module).items():
-        if type(value) in _CONTAINERS:
-            continue
-        if value is None or isinstance(value, (bool, int, float, str)):
-            found.append((name, value))
-        elif isinstance(value, Tensor) or callable(value):
-            found.append((name, id(value)))
-    return tuple(found)
+def _modes() -> tuple[Any, ...]:
+    """What torch itself is set to that code depends on."""
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in ("cpu", *(("cuda",) if torch.cuda.is_initialized() else ()))
+    ]
+    hooks = [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    return torch.get_default_dtype(), *autocast, *map(Same, hooks)

@@ -85,6 +85,16 @@ def read_chain(module: nn.Sequential) -> Chain:
     return Chain(flatten, links)
 
 
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether weight and bias are parameters of its own, not made from others (weight norm, pruning)."""
+    return linear._parameters.get("weight") is not None and "bias" in linear._parameters
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether more runs when the module is called than its class's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _children(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, Any]]:
     """The modules of nested Sequentials in order; shared ones as often as they stand there."""
     for name, child in module._modules.items():
@@ -105,7 +115,8 @@ def _reason(child: Any) -> tuple[str, str]:
     if isinstance(child, nn.modules.dropout._DropoutNd):
         return "would change the energy at every step", "remove it: predictive coding here runs without dropout"
     if isinstance(child, nn.Linear):
-        return "is no plain nn.Linear", "run lazy layers once, remove parametrizations (weight norm, pruning)"
+        remedy = "run lazy layers once; for parametrizations put PCNodes into a module and pass that to PCNetwork(...)"
+        return "is no plain nn.Linear", remedy
     known = ", ".join(kind.__name__ for kind in RULES)
     return "is not part of a chain", f"wanted nn.Linear, nn.Identity, one leading nn.Flatten and activations: {known}"
 

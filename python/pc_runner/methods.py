@@ -112,6 +112,7 @@ def _result(task: Task, algorithm: str, settled: Settled, backend: str, learn: C
 
 def loss_here(task: Task) -> Tensor:
     """F / B at the present phis, as a function of the parameters: one recorded pass."""
+    task.program.contents(again=True)
     _, mus = tape(task.program, task.states, task.inputs, task.free_phis, task.rng)
     return loss_of(task, mus)
 

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 import pc_kernels as pck
 from pc_runner.algorithms import Call, backward_chain, bad_choice, infer_chain, loss_chain
 from pc_runner.arguments import chain_input, check_list, list_targets
 from pc_runner.capture import Captures, obstacle
-from pc_runner.chains import ModuleChain, sequential_program
+from pc_runner.chains import ModuleChain, is_bare, sequential_program
 from pc_runner.engine import Traces
 from pc_runner.inference import Result, make_layer, read_chain
 from pc_runner.methods import KEEPS_TAPE, METHODS, UNIT_LR, Task, WeightSteps, find_step, start
@@ -22,7 +21,7 @@ from pc_runner.modes import ordinary, plain
 from pc_runner.moves import read_moves
 from pc_runner.node import PCNode, fail
 from pc_runner.tracing import Step
-from pc_runner.walk import Program, Request, make_program
+from pc_runner.walk import Program, Request, make_program, name_nodes
 
 Masks = Sequence[Tensor | None] | None
 
@@ -40,9 +39,11 @@ class PCNetwork(nn.Module):
         net.backward(result)          # the M-step: p.grad += dF/dp, averaged over the batch
 
     `net.module` is the module given; `net.nodes` the output's nodes (all nodes where `from_sequential` made the
-    network). Parameters are read at every call. During both calls BatchNorm uses its running statistics, and dropout
-    (of a module in training) the mask that the first pass drew; autocast and inference mode are off (states are of the
-    module's own dtype, float32 or float64).
+    network). Parameters are read at every call, as is all else that forward reads (`contents`). During both calls
+    BatchNorm uses its running statistics, and dropout (of a module in training) the mask that the first pass drew;
+    autocast and inference mode are off (states are of the module's own dtype, float32 or float64). What forward
+    changes, buffers, attributes, containers in them, its inputs, is after both calls what it was before, and every pass
+    starts from that: running averages, counts and kept activations move in a plain `net(x)` alone.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class PCNetwork(nn.Module):
             fail("module", "at least one PCNode inside", type(module).__name__, remedy)
         if len({id(node) for node in [*inside, *self.nodes]}) < len(inside) + len(given):
             fail("output", "a PCNode of its own", "one that is in the module, or twice", "make another one")
+        name_nodes(module, self._listed())
         self._sequential, self._traces, self._captures = False, Traces(), Captures()
 
     @classmethod
@@ -90,8 +92,12 @@ class PCNetwork(nn.Module):
         net._sequential, net._traces, net._captures = True, Traces(), Captures()
         for link, node in zip(links, net.nodes, strict=True):
             if node.energy == "gaussian_diag" and node.log_var is None:
-                node.log_var = nn.Parameter(torch.zeros_like(link.linear.weight[:, 0]))
-        net._read(links)
+                like = next(link.linear.parameters())
+                node.log_var = nn.Parameter(like.detach().new_zeros(link.linear.out_features))
+        if is_bare(module, links):
+            net._read(links)  # raises for a node that does not fit its layer
+        else:
+            sequential_program(module, net._listed())
         return net
 
     def forward(self, *inputs: Any) -> Any:
@@ -212,18 +218,26 @@ class PCNetwork(nn.Module):
     def _program(self, targets: Any = True) -> Program:
         if self._sequential:
             return sequential_program(cast("nn.Sequential", self.module), self._listed())
-        return make_program(self.module, self._listed(), targets)
+        program = make_program(self.module, self._listed(), targets)
+        program.looks = self._traces.looks
+        return program
 
     def _find_chain(self) -> ModuleChain:
-        program = self._program()
-        return ModuleChain(False, [], "its code is traced anew") if self._sequential else self._traces.chain(program)
+        if self._sequential:
+            reason = "it has forward hooks, or weights that are made from others (weight norm, pruning)"
+            return ModuleChain(False, [], [], reason)
+        return self._traces.chain(self._program())
 
     def _chain_call(self, x: Any, y: Any, masks: Any, settings: dict[str, Any], algorithm: str) -> Call | None:
         """The call of `pck.infer` that this is, or None."""
         if self._sequential:
             if algorithm not in ("pc", "bp"):
                 return None
-            flatten, links = read_chain(cast("nn.Sequential", self.module))
+            module = cast("nn.Sequential", self.module)
+            flatten, links = read_chain(module)
+            if not is_bare(module, links):
+                return None
+            settings, masks = _lists(settings, masks, [*(f"nodes.{l}" for l in range(len(links) - 1)), "output"])
             x, (y,) = chain_input(x, flatten, links[0].linear.weight), list_targets(y, 1)
             return Call(self, x, y, links, self._read(links), self._masks(masks), settings)
         if algorithm != "pc" or not isinstance(x, Tensor):
@@ -232,21 +246,15 @@ class PCNetwork(nn.Module):
         chain = self._traces.chain(program)
         if not chain.stages or (x.ndim != 2 and not chain.flatten):
             return None
-        names = [*program.inner, *(["output"] if len(self.nodes) else [])]
-        given = Request((x,), None, settings.get("phis"), settings.get("clamp"), masks, settings.get("noise"))
-        given.check_names(names)
-        lists = {what: _listed_entries(given, what, names) for what in ("phis", "clamp", "noise")}
-        own = [stage.node.mask for stage in chain.stages]
-        shown = _listed_entries(given, "masks", names) or [None] * len(own)
-        listed = [mine if mask is None else mask for mask, mine in zip(shown, own, strict=True)]
+        settings, masks = _lists(settings, masks, chain.names)
+        masks = self._masks(masks, [stage.node for stage in chain.stages])
         layers = [stage.layer() for stage in chain.stages]
-        masked = None if all(mask is None for mask in listed) else listed
         x, (y,) = chain_input(x, chain.flatten, layers[0].weight), list_targets(y, 1)
-        return Call(self, x, y, [], layers, masked, settings | lists, names)
+        return Call(self, x, y, [], layers, masks, settings, chain.names)
 
-    def _masks(self, masks: Masks) -> list[Tensor | None] | None:
+    def _masks(self, masks: Masks, nodes: Sequence[PCNode] | None = None) -> list[Tensor | None] | None:
         """The masks given, the nodes' own where there is none."""
-        own = [node.mask for node in self._listed()]
+        own = [node.mask for node in (self._listed() if nodes is None else nodes)]
         if masks is not None:
             check_list("masks", masks)
             if len(masks) != len(own):
@@ -305,12 +313,15 @@ def _inputs(x: Any) -> tuple[Any, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 
-def _listed_entries(given: Request, what: str, names: Sequence[str]) -> Any:
-    """A dict by name as a list in the chain's order."""
-    entries = getattr(given, what)
-    if entries is None or isinstance(entries, Tensor):
-        return entries
-    return [given.entry(what, index, name) for index, name in enumerate(names)]
+def _lists(settings: dict[str, Any], masks: Any, names: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """The settings and masks with lists, in the chain's order, instead of dicts by name. Raises for unknown names."""
+    given = {what: settings.get(what) for what in ("phis", "clamp", "noise")} | {"masks": masks}
+    Request((), **given).check_names(names)
+    for what, entries in given.items():
+        if isinstance(entries, Mapping):
+            given[what] = [entries.get(name) for name in names]
+    masks = given.pop("masks")
+    return settings | given, masks
 
 
 def _account(task: Task, reason: str) -> str:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pc_runner.contents import Contents
 from pc_runner.node import PCNode
 from pc_runner.walk import Program, State
 
@@ -63,31 +65,36 @@ class Step:
 class Fixed:
     """All tensors that a step reads and that do not move: one flat list, and where its parts are."""
 
-    tensors: dict[str, Tensor]
+    module: Contents
+    tensors: list[Tensor]  # of the module
     inputs: tuple[Any, ...]
     clamped: list[Tensor]  # phi of the held nodes
     extras: list[tuple[Tensor | None, Tensor | None]]  # mask and noise per node
 
     @classmethod
     def of(cls, program: Program, states: Sequence[State], inputs: tuple[Any, ...]) -> Fixed:
-        named = {**dict(program.module.named_parameters()), **dict(program.module.named_buffers())}
-        tensors = {name: tensor.detach() for name, tensor in named.items()}
+        found = program.contents()
+        tensors = [tensor.detach() for tensor in found.tensors]
         clamped = [state.phi for state in states if state.held]
-        return cls(tensors, inputs, clamped, [(state.mask, state.noise) for state in states])
+        return cls(found, tensors, inputs, clamped, [(state.mask, state.noise) for state in states])
 
     def flat(self) -> list[Tensor]:
-        inputs = [value for value in self.inputs if isinstance(value, Tensor)]
+        inputs = [value for value in pytree.tree_leaves(self.inputs) if isinstance(value, Tensor)]
         extras = [value for pair in self.extras for value in pair if value is not None]
-        return [*self.tensors.values(), *inputs, *self.clamped, *extras]
+        return [*self.tensors, *inputs, *self.clamped, *extras]
 
     def filled(self, values: Sequence[Tensor]) -> Fixed:
         """The same with other tensors, in `flat`'s order."""
         source = iter(values)
-        tensors = {name: next(source) for name in self.tensors}
-        inputs = tuple(next(source) if isinstance(value, Tensor) else value for value in self.inputs)
+        tensors = [next(source) for _ in self.tensors]
+        inputs = pytree.tree_map_only(Tensor, lambda _: next(source), self.inputs)
         clamped = [next(source) for _ in self.clamped]
         extras = [tuple(None if value is None else next(source) for value in pair) for pair in self.extras]
-        return Fixed(tensors, inputs, clamped, extras)  # type: ignore[arg-type]
+        return Fixed(self.module, tensors, inputs, clamped, extras)  # type: ignore[arg-type]
+
+    def by_identity(self) -> dict[int, Tensor]:
+        """These tensors by the identities of the module's own, for which they stand in a walk."""
+        return {id(own): tensor for own, tensor in zip(self.module.tensors, self.tensors, strict=True)}
 
 
 def trace_step(program: Program, states: Sequence[State], fixed: Fixed) -> Step:
@@ -139,7 +146,7 @@ def _products(
                 return value(state, held[name])
             return leaf[name].clone() if node.natural else value(state, leaf[name]).clone()  # may be changed in place
 
-        program.walk(fixed.inputs, meet, fixed.tensors)
+        program.walk(fixed.inputs, meet, fixed.by_identity())
         return mus
 
     leaves = [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from pc_runner.arguments import (
@@ -20,7 +21,9 @@ from pc_runner.arguments import (
     refuse_input,
     shown,
 )  # fmt: skip
+from pc_runner.contents import Contents, Looks
 from pc_runner.node import HOLDS_PARAMETERS, PCNode, fail
+from pc_runner.untouched import left_alone
 
 Meet = Callable[[str, PCNode, Tensor], Tensor]  # (name, node, mu) -> what the node passes on
 
@@ -39,16 +42,25 @@ class Program(nn.Module):
         super().__init__()
         self.module = module
         self.inner, self.outputs, self.heads = dict(inner), dict(outputs), dict(heads or {})
+        self.looks = Looks()
+        self._contents: Contents | None = None
+
+    def contents(self, again: bool = False) -> Contents:
+        """What the module consists of and reads, looked at once per program, or `again`."""
+        if self._contents is None or again:
+            self._contents = self.looks.at(self.module)
+        return self._contents
 
     @property
     def names(self) -> dict[int, str]:
         """Node identities to names."""
         return {id(node): name for name, node in [*self.inner.items(), *self.outputs.items()]}
 
-    def walk(self, inputs: Sequence[Any], meet: Meet, tensors: Mapping[str, Tensor] | None = None) -> list[str]:
+    def walk(self, inputs: Sequence[Any], meet: Meet, tensors: Mapping[int, Tensor] | None = None) -> list[str]:
         """One pass; `meet` sees every node with its mu, the outputs last. Returns the names in order.
 
-        tensors: parameters and buffers to use instead of the module's own, by their names in it.
+        tensors: what to use instead of the module's own, by these' identities (`Contents.tensors`). The module is
+        afterwards what it was (`left_alone`), and the inputs are copies: what forward changes of them is lost.
         BatchNorm uses its running statistics. Raises ValueError for a node reached twice, or never.
         """
         seen: list[str] = []
@@ -64,9 +76,13 @@ class Program(nn.Module):
             seen.append(name)
             return meet(name, node, mu)
 
-        with _visited(self.inner.values(), visit), _running_statistics(self.module), _passed(self.heads) as reached:
-            own = tensors is None
-            out = self.module(*inputs) if own else torch.func.functional_call(self.module, dict(tensors), tuple(inputs))
+        with (
+            left_alone(self.contents(), tensors),
+            _visited(self.inner.values(), visit),
+            _running_statistics(self.module),
+            _passed(self.heads) as reached,
+        ):
+            out = self.module(*map(_copied, inputs))
         for name, mu in zip(self.outputs, self._outputs(out), strict=True):
             if name in self.heads and not any(mu is v for v in reached.get(name, ())):
                 remedy = "name the layer whose result the module returns as it is, or leave linear= out"
@@ -88,25 +104,40 @@ class Program(nn.Module):
         return values
 
 
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, torch.clone, value)
+
+
 def make_program(module: nn.Module, outputs: Sequence[PCNode], targets: Any = True) -> Program:
     """The program of a module with nodes inside; a compiled module's own code is walked.
 
     targets: those of the outputs; a categorical one without a target (None) is an ordinary node of logits.
     """
     module = getattr(module, "_orig_mod", module)  # torch.compile(module) keeps it there
-    inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    inner, ends = name_nodes(module, outputs)
     for name, node in inner.items():
         if node.linear is not None:
             fail(f"node {name!r}", "linear=None inside a module", repr(node.linear), "pass it in output=PCNode(...)")
-    names = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
     given = list(targets) if isinstance(targets, (tuple, list)) else [targets] * len(outputs)
     heads = {}
-    for name, node, target in zip(names, outputs, given, strict=False):
+    for (name, node), target in zip(ends.items(), given, strict=False):
         if node.linear is not None and target is None and node.energy == "gaussian":
             fail("y", f"a target of {name!r}, whose node has linear=", None, "its state would be probabilities")
         if node.linear is not None and target is not None:
             heads[name] = _find_linear(module, node.linear)
-    return Program(module, inner, dict(zip(names, outputs, strict=True)), heads)
+    return Program(module, inner, ends, heads)
+
+
+def name_nodes(module: nn.Module, outputs: Sequence[PCNode]) -> tuple[dict[str, PCNode], dict[str, PCNode]]:
+    """The nodes inside by their modules' names, and the outputs by theirs. ValueError for two of one name."""
+    module = getattr(module, "_orig_mod", module)
+    inner = {name: child for name, child in module.named_modules() if isinstance(child, PCNode)}
+    ends = ["output"] if len(outputs) == 1 else [f"output[{i}]" for i in range(len(outputs))]
+    for name in ends:
+        if name in inner:
+            remedy = "rename it: that is the output node's name"
+            fail(f"node {name!r}", "another name inside the module", repr(name), remedy)
+    return inner, dict(zip(ends, outputs, strict=True))
 
 
 def _find_linear(module: nn.Module, name: str) -> nn.Linear:
