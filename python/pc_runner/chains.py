@@ -63,6 +63,8 @@ def find_chain(program: Program) -> ModuleChain:
             raise _NoChain("hooks on all modules are set")
         if any(map(is_hooked, program.module.modules())):
             raise _NoChain("a module has a forward hook, or a forward of its own")
+        if program.contents().stores:  # there a symbolic value would stay
+            raise _NoChain("its forward binds names outside of itself")
         with left_alone(program.contents()):
             return _read(_Tracer().trace(program.module), program)
     except _NoChain as error:

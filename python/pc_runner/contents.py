@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: MIT
 """All that a module's forward can read, in one look: a key that changes with it, its tensors, what a pass may change.
 
-Looked at are the attributes of all submodules, containers and the user's own objects in them, hooks, and what the code
-of forward and of the functions that it calls reads: closures, defaults, globals, attributes of classes and of Python
-modules. The libraries' own code (torch, numpy, the standard library, this package) is taken to stay as it is; what only
-the libraries know (a file, the clock, an iterator's place) is not seen.
+Looked at are parameters, buffers and hooks of all submodules, and what the code of forward and of the functions that it
+calls names: attributes, containers and the user's own objects in them, closures, defaults, globals, attributes of
+classes and of Python modules. What is installed (torch, numpy, the standard library, site-packages) is taken to stay as
+it is, code and objects, but for the package of a module's own class; what only libraries know (a file, the clock, an
+iterator's place) is not seen.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import inspect
 import sys
-from collections import deque
+import zlib
+from array import array
+from collections import Counter, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -23,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pc_runner.node import PCNode
-from pc_runner.reading import GONE, held_by, is_fixed, is_library, is_open, names_in, slots_of
+from pc_runner.reading import GONE, Same, held_by, is_library, names_in, package_of, slots_of, source_of
 from pc_runner.untouched import Holder
 
 _BARE = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
@@ -39,23 +45,10 @@ _ROOTS = frozenset(  # code that runs without being named
 )  # fmt: skip
 _ANY = frozenset({"getattr", "vars", "__dict__"})  # code that uses one of these may read every attribute
 _CHANGING = (dict, list, set, deque)
+_RECORDS = (SimpleNamespace, argparse.Namespace, UserDict, UserList)  # Python's own, but what is in them is the user's
+_PLAIN = (type(None), bool, int, float, str, tuple, Tensor, nn.Module)
 _YES, _NO = (bool, 1), (bool, 0)  # in a key True would equal 1
 _LONG = 64  # entries of a container, from which on a look at their types is worth while
-
-
-class Same:
-    """An object in a key, by identity; it lives as long as the key, so that its place in memory is not used again."""
-
-    __slots__ = ("thing",)
-
-    def __init__(self, thing: Any):
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.thing is other.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
 
 
 @dataclass
@@ -76,8 +69,11 @@ class Contents:
 
     tensors: parameters, buffers, and those in attributes, containers and objects, each once.
     holders: containers and attributes that a pass may change.
-    masks: identities of the nodes' masks, which only a walk reads.
+    kept: identities of tensors that stay in their places in a pass: the nodes' masks, views of parameters.
+    aliased: identities of those that share memory with another.
+    written: identities of those that a pass writes to; None: not known yet.
     lazy: the module's first pass is still to make its parameters.
+    stores: its code binds names outside of itself.
     foreign: tensors were met where none can stand in for them (a global, a closure): they are in the key by identity.
     objects: how many objects of the user's own kinds were met.
     """
@@ -85,8 +81,10 @@ class Contents:
     def __init__(self, *roots: Any):
         self.tensors: list[Tensor] = []
         self.holders: list[Holder] = []
-        self.masks: set[int] = set()
-        self.lazy = self.foreign = False
+        self.kept: set[int] = set()
+        self.aliased: set[int] = set()
+        self.written: set[int] | None = None
+        self.lazy = self.foreign = self.stores = False
         self.objects = 0
         self._key: list[Any] = []
         self._places: dict[int, int] = {}
@@ -100,14 +98,18 @@ class Contents:
         self._kinds: list[tuple[Any, type]] = []
         self._sure = True  # no more can change than `unchanged` looks at
         self._attributes = {"forward", "backward", *_ROOTS}
+        modules = [module for root in roots if isinstance(root, nn.Module) for module in root.modules()]
+        self._own = tuple({path for module in modules for path in package_of(type(module))})
         for root in roots:
             self.read(root, True)
         self._follow()
+        self._find_aliases()
 
     def of_inputs(self, values: Iterable[Any]) -> Contents:
         """Of values that this module's code is given."""
         found = Contents()
         found._attributes |= self._attributes
+        found._own = self._own
         for value in values:
             found.read(value)
         found._follow()
@@ -145,8 +147,9 @@ class Contents:
         if kind is bool:
             self._key.append(_YES if value else _NO)
             return False
-        if kind in (float, complex, bytes, range, slice, torch.device):
+        if kind in (float, complex, bytes, bytearray, array, range, slice, torch.device):
             self._key.append((kind, repr(value)))
+            self._sure = self._sure and kind not in (bytearray, array)
             return False
         if isinstance(value, Tensor):
             return self._tensor(value, own)
@@ -163,8 +166,8 @@ class Contents:
 
     def _tensor(self, value: Tensor, own: bool) -> bool:
         if not own:
-            self.foreign, self._sure = True, False  # its shape may change
-            self._key.append((Same(value), form(value)))
+            self.foreign, self._sure = True, False  # its shape may change, and its values may be read
+            self._key.append((Same(value), form(value), 0 if value.is_inference() else value._version))
             return False
         if id(value) not in self._places:
             self._places[id(value)] = len(self.tensors)
@@ -176,18 +179,14 @@ class Contents:
 
     def _composite(self, value: Any, own: bool) -> bool:
         if isinstance(value, nn.Module):
-            self._space(type(value))
-            self._kinds.append((value, type(value)))
-            self._holder(vars(value), _BARE if is_fixed(type(value)) else _QUIET)
-            if isinstance(value, PCNode):
-                self.masks.add(id(value.mask))
+            self._module(value)
         elif isinstance(value, tuple):
             self._key.append(len(value))
             return True in [self.read(entry, own) for entry in value]
         elif isinstance(value, _CHANGING):
-            self._holder(value)
-            if is_open(type(value)):  # the user's own kind of container
-                self._object(value)
+            self._holder(value, own)
+            if self._open(type(value)):  # the user's own kind of container
+                self._object(value, own)
         elif isinstance(value, (int, float, str, np.generic)):
             self._key.append(repr(value))
         elif isinstance(value, FunctionType):
@@ -202,21 +201,48 @@ class Contents:
             for name in ("__func__", "fget", "func"):
                 self.read(getattr(value, name, None))
         elif isinstance(value, np.ndarray) and value.dtype != object:
-            self._key.append((value.dtype.str, value.shape, value.tobytes()))
+            self._key.append((value.dtype.str, value.shape, zlib.crc32(np.ascontiguousarray(value).data)))
             self._sure = False
         elif isinstance(value, (type, ModuleType)):
             self._key.append(Same(value))
             self._space(value)
         else:
             self._key.append(Same(value))
-            self.read(getattr(value, "__wrapped__", None) if callable(value) else None)
-            if is_open(type(value)):
-                self._object(value)
+            self.read(inspect.getattr_static(value, "__wrapped__", None) if callable(value) else None)
+            if self._open(type(value)):
+                self._object(value, own)
         return False
 
-    def _holder(self, values: Any, quiet: frozenset[str] = frozenset()) -> None:
-        """A container that a pass may change, or a module's attributes; those in `quiet` count if not empty."""
-        key, holder = self._key, Holder(values)
+    def _module(self, module: nn.Module) -> None:
+        """Its own things, and of other attributes the plain ones if library code reads them; the rest: `_follow`."""
+        values, kind = vars(module), type(module)
+        self._space(kind)
+        self._kinds.append((module, kind))
+        holder = Holder(values)
+        self.holders.append(holder)
+        space = self._spaces[id(values)] = _Space(values, holder.slots)
+        bases = [self._fixed(one) for one in kind.__mro__ if one not in (nn.Module, object)]
+        quiet, always = (_BARE, values.keys()) if all(bases) else (_QUIET, _BARE | {"training"})
+        always_kinds = _PLAIN if any(bases) else Tensor
+        for name, value in values.items():
+            if name in quiet and not value:
+                self._empty.append(value)
+            elif name in always or isinstance(value, always_kinds):
+                self._attribute(space, name)
+        if isinstance(module, PCNode):
+            self.kept.add(id(module.mask))
+
+    def _attribute(self, space: _Space, name: str) -> None:
+        own = space.slots is not None
+        space.done.add(name)
+        self._key.append(name)
+        self._reads.append((space.values, name, space.values[name]))
+        if self.read(space.values[name], own):
+            space.slots.append(name)  # type: ignore[union-attr]
+
+    def _holder(self, values: Any, own: bool) -> None:
+        """A container, which a pass may change if it is the module's own."""
+        key, holder = self._key, Holder(values, own)
         slots = holder.slots
         self.holders.append(holder)
         key.append(len(values))
@@ -224,9 +250,6 @@ class Contents:
             key += [tuple(values), tuple(values.values())]
         elif isinstance(values, dict):
             for name, value in values.items():
-                if name in quiet and not value:
-                    self._empty.append(value)
-                    continue
                 kind = type(value)
                 if type(name) is str:
                     key.append(name)
@@ -236,7 +259,7 @@ class Contents:
                     key.append(value)
                 elif kind is bool:
                     key.append(_YES if value else _NO)
-                elif self.read(value, True):
+                elif self.read(value, own) and type(values) in (dict, OrderedDict):
                     slots.append(name)
         elif isinstance(values, set):
             plain = set(map(type, values)) <= {str, int}
@@ -244,9 +267,10 @@ class Contents:
         elif len(values) > _LONG and _alike(values):
             key.append(tuple(values))
         else:
-            slots += [place for place, value in enumerate(values) if self.read(value, True)]
+            places = [place for place, value in enumerate(values) if self.read(value, own)]
+            slots += places if type(values) in (list, deque) else []
 
-    def _object(self, value: Any) -> None:
+    def _object(self, value: Any, own: bool) -> None:
         """An object of the user's: of its attributes those count that code names; of plain data, all."""
         self.objects += 1
         self._kinds.append((value, type(value)))
@@ -255,21 +279,49 @@ class Contents:
             self._sure = False
             self.read(getattr(value, name, None))
         if hasattr(value, "__dict__"):
-            holder = Holder(vars(value))
+            holder = Holder(vars(value), own)
             self.holders.append(holder)
-            plain = isinstance(value, SimpleNamespace) or is_dataclass(value)
-            self._spaces[id(value)] = _Space(vars(value), holder.slots, plain)
+            plain = isinstance(value, _RECORDS) or is_dataclass(value)
+            self._spaces[id(value)] = _Space(vars(value), holder.slots if own else None, plain)
 
     def _function(self, function: FunctionType) -> None:
         self._key.append(Same(function))
         self.read(getattr(function, "__wrapped__", None))  # a library's decorator around the user's code
-        if not is_library(function.__code__.co_filename):
+        if not self._library(function.__code__.co_filename):
             self._functions.append(function)
+
+    def _library(self, path: str) -> bool:
+        return is_library(path) and not path.startswith(self._own)
+
+    def _fixed(self, space: Any) -> bool:
+        """Whether a class or Python module is a library's."""
+        return self._library(source_of(space))
+
+    def _open(self, kind: type) -> bool:
+        """Whether objects of this class are looked into: the user's own, and this package's pairs of distributions."""
+        if issubclass(kind, Enum) or not (kind.__dictoffset__ or slots_of(kind)):
+            return False
+        return kind in _RECORDS or kind.__module__ == "pc_runner.distributions" or not self._fixed(kind)
+
+    def _find_aliases(self) -> None:
+        """Which tensors share memory; views of parameters stay where they are."""
+        dense = [t for t in self.tensors if t.layout is torch.strided and not is_lazy(t)]
+        memory = {id(t): t.untyped_storage()._cdata for t in dense}
+        counts = Counter(memory.values())
+        of_parameters = {memory[id(t)] for t in self.tensors if isinstance(t, nn.Parameter) and id(t) in memory}
+        for tensor in self.tensors:
+            place = memory.get(id(tensor))
+            if isinstance(tensor, nn.Parameter) or place is None:
+                continue
+            if place in of_parameters:
+                self.kept.add(id(tensor))
+            elif counts[place] > 1:
+                self.aliased.add(id(tensor))
 
     def _space(self, space: Any) -> None:
         """Attributes of a class and its bases, or of a Python module, that code may read."""
         for one in space.__mro__ if isinstance(space, type) else (space,):
-            if id(one) not in self._spaces and not is_fixed(one):
+            if id(one) not in self._spaces and not self._fixed(one):
                 self._spaces[id(one)] = _Space(vars(one))
 
     def _follow(self) -> None:
@@ -284,15 +336,12 @@ class Contents:
                 every = space.every or (own and self._attributes & _ANY)
                 named = space.values.keys() if every else space.values.keys() & self._attributes
                 for name in sorted(named - space.done):
-                    space.done.add(name)
                     found = True
-                    self._key.append(name)
-                    self._reads.append((space.values, name, space.values[name]))
-                    if self.read(space.values[name], own):
-                        space.slots.append(name)  # type: ignore[union-attr]
+                    self._attribute(space, name)
 
     def _code(self, function: FunctionType) -> None:
-        names, attributes, modules = names_in(function.__code__)
+        names, attributes, modules, stores = names_in(function.__code__)
+        self.stores = self.stores or stores
         self._attributes |= attributes
         self._attributes.update(_ANY.intersection(names))
         self.read(function.__defaults__)
@@ -301,7 +350,7 @@ class Contents:
         for cell in function.__closure__ or ():
             value = held_by(cell)
             self._cells.append((cell, value))
-            self.read(value)
+            self.read(value, isinstance(value, _CHANGING))  # as a rule a hook's, to keep what passes by
         for space, wanted in ((function.__globals__, names), (sys.modules, modules)):
             for name in wanted:
                 self._reads.append((space, name, space.get(name, GONE)))
@@ -317,8 +366,13 @@ class Looks:
         self._last: tuple[nn.Module, Contents] | None = None
 
     def at(self, module: nn.Module) -> Contents:
-        if self._last is None or self._last[0] is not module or not self._last[1].unchanged():
+        if self._last is None or self._last[0] is not module:
             self._last = module, Contents(module)
+        elif not self._last[1].unchanged():
+            before, now = self._last[1], Contents(module)
+            if list(map(id, before.tensors)) == list(map(id, now.tensors)):
+                now.written = before.written
+            self._last = module, now
         return self._last[1]
 
 

@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from pc_runner.chains import ModuleChain, find_chain
-from pc_runner.contents import Looks, Same, form
+from pc_runner.contents import Looks, form
 from pc_runner.node import PCNode
+from pc_runner.reading import Same
 from pc_runner.tracing import Fixed, NotTraceable, Step, trace_step
 from pc_runner.walk import Program, State, same_draws
 
@@ -161,6 +162,8 @@ class Traces:
         inputs = fixed.module.of_inputs(value for value in leaves if not isinstance(value, Tensor))
         if inputs.foreign or inputs.tensors or inputs.objects:
             return NotTraceable("an input is an object whose inside is not known")
+        if fixed.module.aliased:
+            return NotTraceable("tensors of the module share memory")
         key = inputs.key, spec, _key(states, fixed)
         if key not in self._steps:
             if len(self._steps) >= self.limit:

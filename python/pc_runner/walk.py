@@ -77,7 +77,7 @@ class Program(nn.Module):
             return meet(name, node, mu)
 
         with (
-            left_alone(self.contents(), tensors),
+            left_alone(self.contents(), tensors, whole=tensors is None),
             _visited(self.inner.values(), visit),
             _running_statistics(self.module),
             _passed(self.heads) as reached,
