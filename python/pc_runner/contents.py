@@ -69,6 +69,7 @@ class Contents:
 
     tensors: parameters, buffers, and those in attributes, containers and objects, each once.
     holders: containers and attributes that a pass may change.
+    free: those of the tensors that are no parameters.
     kept: identities of tensors that stay in their places in a pass: the nodes' masks, views of parameters.
     aliased: identities of those that share memory with another.
     written: identities of those that a pass writes to; None: not known yet.
@@ -103,6 +104,7 @@ class Contents:
         for root in roots:
             self.read(root, True)
         self._follow()
+        self.free = [tensor for tensor in self.tensors if not isinstance(tensor, nn.Parameter)]
         self._find_aliases()
 
     def of_inputs(self, values: Iterable[Any]) -> Contents:
@@ -309,9 +311,9 @@ class Contents:
         memory = {id(t): t.untyped_storage()._cdata for t in dense}
         counts = Counter(memory.values())
         of_parameters = {memory[id(t)] for t in self.tensors if isinstance(t, nn.Parameter) and id(t) in memory}
-        for tensor in self.tensors:
+        for tensor in self.free:
             place = memory.get(id(tensor))
-            if isinstance(tensor, nn.Parameter) or place is None:
+            if place is None:
                 continue
             if place in of_parameters:
                 self.kept.add(id(tensor))

@@ -125,7 +125,7 @@ class _Stands:
     def learn(self, versions: Mapping[int, int]) -> None:
         """Note which tensors the pass has written to."""
         written = {at for at, copy in self.copies.items() if copy.is_inference() or copy._version}
-        written |= {id(own) for own in self.contents.tensors if _version(own) != versions[id(own)]}
+        written |= {id(own) for own in self.contents.free if _version(own) != versions[id(own)]}
         self.contents.written = written | (self.contents.written or set())
 
 
@@ -146,9 +146,10 @@ def left_alone(contents: Contents, tensors: Mapping[int, Tensor] | None = None, 
         yield
         return
     stands = _Stands(contents, tensors)
-    versions = {id(own): _version(own) for own in contents.tensors} if whole else {}
+    versions = {id(own): _version(own) for own in contents.free} if whole else {}
     try:
-        stands.put()
+        if tensors is not None or contents.written is None or contents.written:
+            stands.put()
         yield
         if whole:
             stands.learn(versions)
