@@ -5,12 +5,9 @@ Everything that needs a name, a formula or a list of valid choices reads it from
 `FEEDS` here.
 
 Shapes: phi, mu, a are (B, ..., D); families with structure along a dimension (softmax, mean/log-variance halves) use
-the
-last. An energy returns per-entry terms of phi's shape (half the width for `gaussian_full`); their sum over all
+the last. An energy returns per-entry terms of phi's shape (half the width for `gaussian_full`); their sum over all
 dimensions but the first is E_l, a number per sample. All formulas are the README's section 2's, in forms that keep
-relative
-accuracy
-near phi = mu, where the textbook forms cancel.
+relative accuracy near phi = mu, where the textbook forms cancel.
 """
 
 from __future__ import annotations
@@ -98,9 +95,8 @@ class Energy:
     target.
 
     `feed` is the default map from phi to what the node passes on; `natural` says that the natural step exists (the
-    README's
-    section 2);
-    `target_is_state` that a clamped target has the form of phi (otherwise the `target_*` formulas differ).
+    README's section 2); `target_is_state` that a clamped target has the form of phi (otherwise the `target_*` formulas
+    differ).
     """
 
     name = ""
