@@ -32,13 +32,8 @@ from benchmarks.cases import Case
 from benchmarks.gpu_training import training_cases, training_row
 
 ROOT = Path(__file__).parents[1]
-SHARES = {
-    "build": 0.8,
-    "tests": 0.35,
-    "sanitizer": 0.25,
-    "training": 0.25,
-    "benchmark": 1.0,
-}  # of the time left by then
+# of the time left when a step begins
+SHARES = {"build": 0.8, "tests": 0.35, "sanitizer": 0.25, "training": 0.25, "benchmark": 1.0}
 TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # the time goes into compiling kernels, on the CPU
 SANITIZERS, FINDINGS = ("memcheck", "racecheck"), 9  # and the exit code that says that there are any
 
@@ -261,7 +256,8 @@ def main() -> int:
 
 
 def good(document: dict[str, Any]) -> bool:
-    """Nothing that ran was wrong. A sanitizer that was refused or tests cut short are on record, but not wrong."""
+    """Nothing that ran was wrong. A sanitizer that was refused, tests cut short and rows left out are on record, but not
+    wrong."""
     steps = [document.get("build", {"rc": 0}), *document.get("tests", {}).values()]
     found = [entry for row in document.get("rows", []) for entry in row["accuracy"].values()]
     # a tool that cannot run here ends before gpu_small says anything

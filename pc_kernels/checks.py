@@ -46,7 +46,7 @@ def number(argument: str, value: Any, least: float = -math.inf, below: float = m
     """A finite real number, least <= value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(argument, "a number", describe(value), "pass a Python float", TypeError)
-    if not (-LARGEST <= value <= LARGEST and least <= value < below):  # math.isfinite could not be traced
+    if not (-LARGEST <= value <= LARGEST and least <= value < below):  # torch.compile cannot trace math.isfinite
         bounds = f" >= {least:g}" if least > -math.inf else ""
         bounds += f" and < {below:g}" if below < math.inf else ""
         fail(argument, f"a finite number{bounds}", describe(value), "check the configuration")

@@ -54,7 +54,7 @@ def infer(
     tol: a sample stops once the Euclidean norm of its g is below it; the result's `steps` is the largest count.
     precision: of the matrix products. "fp32"; "bf16_delta" (first pre-activations exact, then differences in bfloat16:
         the fast one to trust); "tf32"; "bf16" (beware: the early layers' errors are small differences of large numbers,
-        and it loses them). float64 input takes "fp32" and runs in float64 throughout.
+        and it loses them). float64 input takes "fp32" and runs in float64 throughout. Autocast has no say.
     noise: n of the sample z = u + e^(s/2) n, (B, D/2), or one entry per node; a node that feeds on its sample needs it.
     trace: also return the energies, (steps + 1, L), batch means in nats.
 
