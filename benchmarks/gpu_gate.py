@@ -256,7 +256,7 @@ def main() -> int:
 
 
 def good(document: dict[str, Any]) -> bool:
-    """Nothing that ran was wrong. A sanitizer that was refused, tests cut short and rows left out are on record, but not
+    """Nothing that ran was wrong. A sanitizer that was refused, tests cut short, rows left out are on record, not
     wrong."""
     steps = [document.get("build", {"rc": 0}), *document.get("tests", {}).values()]
     found = [entry for row in document.get("rows", []) for entry in row["accuracy"].values()]

@@ -41,7 +41,7 @@ def layer_energies(
     clamped: None (free), True (phi is the target: probabilities, class indices, counts or data) or a bool mask, True
     = held.
 
-    Twice differentiable with respect to phis, mus and log_vars. Raises ValueError or TypeError that names the bad argument.
+    Twice differentiable with respect to phis, mus and log_vars. Raises ValueError or TypeError that names the argument.
     """
     phis, mus, nodes = describe_nodes(phis, mus, energies, masks, clamped)
     return _ops.layer_energies(phis, mus, nodes.energies, *_rest(log_vars, mus, nodes))
